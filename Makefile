@@ -1,0 +1,84 @@
+# Everything that a checkout needs. `make demo` and `make test` set up .venv by themselves; `make help` lists the rest.
+
+SHELL  := /bin/bash
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+STAMP  := $(VENV)/.installed
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+
+# The extras of the last set-up stay in force, so that `make test` on a GPU machine does not bring the CPU build back.
+INSTALLED := $(shell cat $(VENV)/.extras 2>/dev/null)
+EXTRAS    ?= $(or $(INSTALLED),cpu,dev)
+TORCH_CPU       := torch==2.13.0+cpu
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Tests that read public data sets are skipped where the folder is missing; tests/conftest.py says what is in it.
+ifneq ($(wildcard ../shared/data),)
+export RLHF_DATA ?= $(abspath ../shared/data)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all lint style typecheck bench clean FORCE
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## Make .venv (GPU machine: make EXTRAS=gpu,dev setup)
+
+demo: $(STAMP) ## The embedded example: SFT, reward model and PPO on two cores (ARGS="train.steps=20" overrides)
+	@$(PY) -m rlhf_dist.main $(ARGS)
+
+test: $(STAMP) ## Unit and integration tests, under 15 minutes (ARGS goes to pytest)
+	@$(PY) -m pytest -m "not slow and not gpu" $(wildcard tests/unit tests/integration) $(ARGS)
+
+test-all: $(STAMP) ## The slow ones too; all that need no GPU
+	@$(PY) -m pytest -m "not gpu" $(wildcard tests/unit tests/integration) $(ARGS)
+
+lint: $(STAMP) ## Check style and common mistakes
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+style: $(STAMP) ## Format, and fix what can be fixed
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+typecheck: $(STAMP) ## mypy
+	@$(VENV)/bin/mypy
+
+bench: ## Which benchmarks there are
+	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark yet; benchmarks/README.md says what will be measured"
+
+clean: ## Remove caches and build outputs; runs/ and .venv stay
+	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+ifneq ($(EXTRAS),$(INSTALLED))
+$(STAMP): FORCE
+endif
+
+# -qq hides pip's warnings and keeps its errors. The stamp is written last: a failed set-up starts again.
+$(STAMP): pyproject.toml
+	@rm -f $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	    echo "error: Python 3.11 is needed, '$(PYTHON)' is missing or another version; try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v c++ g++ clang++ >/dev/null || { \
+	    echo "error: a C++ compiler (g++ or clang++) is needed; vLLM compiles kernels with it" >&2; exit 1; }
+	@test -x $(PY) || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@case ",$(EXTRAS)," in *,cpu,*) \
+	    echo "installing $(TORCH_CPU)"; \
+	    $(PIP) install -qq "$(TORCH_CPU)" 2>/dev/null || { \
+	        echo "  not among the packages pip is set up for; taking it from $(TORCH_CPU_INDEX)"; \
+	        $(PIP) install -qq "$(TORCH_CPU)" --extra-index-url "$(TORCH_CPU_INDEX)"; } ;; esac
+	@echo "installing rlhf_dist[$(EXTRAS)] (some minutes the first time)"
+	@$(PIP) install -qq -e ".[$(EXTRAS)]"
+	@for package in torchvision torchaudio torchcodec; do \
+	    if $(PIP) show -qq $$package 2>/dev/null && ! $(PY) -c "import $$package" 2>/dev/null; then \
+	        echo "removing $$package: it does not fit this build of torch, and nothing here needs it"; \
+	        $(PIP) uninstall -qq -y $$package; \
+	    fi; \
+	done
+	@echo "$(EXTRAS)" > $(VENV)/.extras
+	@touch $(STAMP)
+	@echo "$(VENV) is ready"

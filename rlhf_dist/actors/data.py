@@ -1,0 +1,59 @@
+"""Loading of data and models as Ray tasks: tables go into the object store, the driver gets references and counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray import ObjectRef
+
+from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.config import Config
+
+
+@ray.remote(num_cpus=0, num_returns=2)
+def _load(kind: str, *args: Any) -> tuple[pa.Table, dict[str, Any]]:
+    from rlhf_dist.data import load
+
+    return getattr(load, f"load_{kind}")(*args)
+
+
+def load_table(kind: str, *args: Any) -> tuple[ObjectRef, dict[str, Any]]:
+    """``prompts``, ``demonstrations`` or ``comparisons`` of :mod:`rlhf_dist.data.load`: reference and report."""
+    table, report = _load.remote(kind, *args)
+    return table, wait_for(report, f"loading {kind}")
+
+
+@ray.remote(num_cpus=0)
+def _prepare(cfg: Config, folder: str) -> dict[str, Any]:
+    from rlhf_dist import models
+    from rlhf_dist.data.load import make_tokenizer
+
+    tokenizer_dir = str(Path(folder) / "tokenizer")
+    report = make_tokenizer(cfg, tokenizer_dir)
+    report["tokenizer_dir"] = tokenizer_dir
+    report["model_path"] = cfg.model.path
+    if cfg.model.path is None:
+        special = {k: report[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model = models.build_policy(cfg.model.architecture, report["vocab_size"], special, cfg.seed)
+        report["model_path"] = str(Path(folder) / "initial_model")
+        model.save_pretrained(report["model_path"])
+        report["parameters"] = model.num_parameters()
+    return report
+
+
+def prepare_model(cfg: Config, folder: str) -> dict[str, Any]:
+    """Write tokenizer and, if it is to be built, the initial model to ``folder``; returns their paths and token ids."""
+    return wait_for(_prepare.remote(cfg, folder), "preparing tokenizer and model")
+
+
+@ray.remote(num_cpus=0)
+def _concatenate(chunks: list[ObjectRef]) -> pa.Table:
+    return pa.concat_tables(ray.get(chunks))
+
+
+def concatenate(chunks: list[ObjectRef]) -> ObjectRef:
+    """One table of several."""
+    return _concatenate.remote(chunks)

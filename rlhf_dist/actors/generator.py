@@ -1,0 +1,190 @@
+"""The generator: a Ray actor around one vLLM engine, whose step loop it owns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from rlhf_dist import schema
+from rlhf_dist.actors.dispatch import ChunkInfo
+from rlhf_dist.actors.group import Worker
+from rlhf_dist.config import Config
+from rlhf_dist.data.batching import Ragged
+
+
+def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
+    """Seed of one sample: restarts, retries and another number of generators do not change what is sampled."""
+    digest = hashlib.blake2b(f"{run_seed}/{group_id}/{sample_index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@ray.remote
+class Generator(Worker):
+    """One engine. Calls come in on Ray's threads; the engine lives in one thread of its own.
+
+    Commands (add requests, load weights) wait in ``_inbox`` and run between two
+    steps. Finished samples go to the queue of the call that asked for them.
+    """
+
+    def __init__(self, index: int, model_path: str, cfg: Config, stop_token_ids: list[int], from_learner: bool) -> None:
+        super().__init__(f"generator {index}")
+        self.index = index
+        self.cfg = cfg
+        self._inbox: queue.Queue[tuple[Callable[[Any], Any], Future]] = queue.Queue()
+        self._waiting: dict[int, queue.Queue] = {}
+        self._started: Future = Future()
+        self._error: BaseException | None = None
+        arguments = (model_path, stop_token_ids, from_learner)
+        threading.Thread(target=self._loop, args=arguments, daemon=True, name="engine").start()
+
+    def ready(self) -> int:
+        return self._started.result()
+
+    def generate(self, prompts: pa.Table, groups: Sequence[tuple[int, int]], n: int, greedy: bool) -> Iterator[Any]:
+        """Stream finished groups as ``ChunkInfo``, table, ``ChunkInfo``, table ...
+
+        Args:
+            prompts: ``schema.PROMPT``; its rows are looked up here, so tokens never pass through the driver.
+            groups: ``(group_id, row of prompts)``.
+            n: samples per group.
+        """
+        started = time.perf_counter()
+        ids = Ragged.of(prompts, "prompt_ids")
+        prompt_ids = prompts["prompt_id"].to_numpy()
+        finished: queue.Queue = queue.Queue()
+
+        def submit(engine: Any) -> None:
+            for group, row in groups:
+                self._waiting[group] = finished
+                for i in range(n):
+                    seed = sample_seed(self.cfg.seed, group, i)
+                    engine.add(int(prompt_ids[row]), group, i, ids[row], seed, greedy)
+
+        self._run(submit)
+        left = len(groups)
+        with self.trace.span(self.name, "generate", groups=left):
+            yield from self._chunks(finished, left, n, started)
+
+    def _chunks(self, finished: queue.Queue, left: int, n: int, started: float) -> Iterator[Any]:
+        """Coalesce finished groups until a chunk is worth sending."""
+        partial: dict[int, list[Any]] = {}
+        chunk: list[Any] = []
+        while left:
+            sample = finished.get()
+            if isinstance(sample, BaseException):
+                raise sample
+            partial.setdefault(sample.group_id, []).append(sample)
+            if len(partial[sample.group_id]) == n:
+                chunk += sorted(partial.pop(sample.group_id), key=lambda s: s.sample_index)
+                del self._waiting[sample.group_id]
+                left -= 1
+                if left == 0 or sum(len(s.response_ids) for s in chunk) >= self.cfg.rollout.chunk_tokens:
+                    yield _info(chunk, time.perf_counter() - started)
+                    yield rollout_table(chunk)
+                    chunk = []
+
+    def load(self, version: int, parts: list[ray.ObjectRef]) -> Any:
+        """Pull one version of the weights and pass the gate; returns the ``SyncRecord``."""
+        started = time.perf_counter()
+        published = ray.get(parts)
+        pulled = time.perf_counter() - started
+        shards = [shard for shards, _ in published for shard in shards]
+        ids, expected = next(canary for _, canary in published if canary is not None)
+        try:
+            record = self._run(lambda engine: engine.load(version, shards, ids, expected))
+        except RuntimeError as error:
+            raise type(error)(f"generator {self.index}: {error}") from None
+        return {**record.__dict__, "tells_apart": record.canary_tells_apart, "pull_seconds": pulled}
+
+    def _run(self, command: Callable[[Any], Any]) -> Any:
+        """Run ``command(engine)`` in the engine's thread, between two steps."""
+        if self._error is not None:
+            raise RuntimeError(f"generator {self.index} has failed: {self._error}") from self._error
+        future: Future = Future()
+        self._inbox.put((command, future))
+        return future.result()
+
+    def _loop(self, model_path: str, stop_token_ids: list[int], from_learner: bool) -> None:
+        try:
+            engine = _make_engine(model_path, self.cfg, stop_token_ids, from_learner)
+            self._started.set_result(os.getpid())
+        except BaseException as error:  # noqa: BLE001  (the constructor's error must reach ready())
+            self._error = error
+            self._started.set_exception(error)
+            return
+        try:
+            while True:
+                self._commands(engine)
+                for sample in engine.step() if engine.busy else ():
+                    self._waiting[sample.group_id].put(sample)
+        except BaseException as error:  # noqa: BLE001  (a background thread: its death must reach every caller)
+            self._error = error
+            for waiting in set(self._waiting.values()):
+                waiting.put(error)
+
+    def _commands(self, engine: Any) -> None:
+        """Run what waits in the inbox; block only when there is nothing to decode."""
+        while not engine.busy or not self._inbox.empty():
+            command, future = self._inbox.get()
+            try:
+                future.set_result(command(engine))
+            except BaseException as error:  # noqa: BLE001  (goes to the caller)
+                future.set_exception(error)
+
+
+def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_learner: bool) -> Any:
+    from rlhf_dist.engines.vllm import GeneratorEngine
+
+    return GeneratorEngine(
+        model_path,
+        cfg.model,
+        cfg.rollout,
+        cfg.generator,
+        cfg.weight_sync,
+        stop_token_ids=stop_token_ids,
+        from_learner=from_learner,
+        seed=cfg.seed,
+    )
+
+
+def _info(samples: Sequence[Any], seconds: float) -> ChunkInfo:
+    return ChunkInfo(
+        groups=tuple(dict.fromkeys(s.group_id for s in samples)),
+        samples=len(samples),
+        prompt_tokens=sum(len(s.prompt_ids) for s in samples),
+        response_tokens=sum(len(s.response_ids) for s in samples),
+        seconds=seconds,
+    )
+
+
+def rollout_table(samples: Sequence[Any]) -> pa.Table:
+    """Finished samples as ``schema.ROLLOUT``."""
+    lengths = np.array([len(s.response_ids) for s in samples])
+    flat = lambda values, dtype: np.concatenate([np.asarray(v, dtype) for v in values])
+    ragged = lambda values, dtype: Ragged.to_arrow(flat(values, dtype), lengths)
+    columns = {
+        "prompt_id": pa.array([s.prompt_id for s in samples], pa.int64()),
+        "group_id": pa.array([s.group_id for s in samples], pa.int64()),
+        "sample_index": pa.array([s.sample_index for s in samples], pa.int32()),
+        "prompt_ids": Ragged.to_arrow(
+            flat([s.prompt_ids for s in samples], np.int32), np.array([len(s.prompt_ids) for s in samples])
+        ),
+        "response_ids": ragged([s.response_ids for s in samples], np.int32),
+        "rollout_logprobs": ragged([s.logprobs for s in samples], np.float32),
+        "policy_version": Ragged.to_arrow(
+            np.repeat(np.array([s.policy_version for s in samples], np.int32), lengths), lengths
+        ),
+        "finish_reason": pa.array([s.finish_reason for s in samples]).dictionary_encode(),
+        "response_mask": Ragged.to_arrow(np.ones(int(lengths.sum()), np.uint8), lengths),
+    }
+    return schema.check(pa.table(columns, schema=None).cast(schema.ROLLOUT), schema.ROLLOUT, "generator")

@@ -1,0 +1,152 @@
+"""Placing and starting the Ray actors of one role."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_dist.actors.waiting import WorkerFailed, wait_for
+from rlhf_dist.observability.logs import redirect_output
+from rlhf_dist.observability.trace import Span, Trace
+
+#: Folder for the output of all actors; set by the run when it started the cluster itself. On a cluster that was
+#: joined, Ray's own logs hold it, and the dashboard shows it.
+log_dir: str | None = None
+_LOG_VARIABLE = "RLHF_DIST_LOG"
+
+
+class Worker:
+    """What every actor of this package is: quiet on the terminal, with a trace of its own."""
+
+    def __init__(self, name: str) -> None:
+        if path := os.environ.get(_LOG_VARIABLE):
+            redirect_output(path)
+        self.name = name
+        self.trace = Trace()
+
+    def ready(self) -> int:
+        """Answers once the constructor is through; returns the pid."""
+        return os.getpid()
+
+    def spans(self) -> list[Span]:
+        """What this process did since the last call."""
+        return self.trace.drain()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one process of a role takes."""
+
+    cpus: float
+    gpus: float = 0
+    custom: dict[str, float] = field(default_factory=dict)
+
+    def bundle(self) -> dict[str, float]:
+        bundle = {"CPU": self.cpus, **self.custom}
+        return bundle | {"GPU": self.gpus} if self.gpus else bundle
+
+    @property
+    def threads(self) -> int:
+        return max(1, math.floor(self.cpus))
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Threads by CPUs, and waiting without spinning: two processes that spin on two cores run at a fiftieth.
+
+        Must be in the environment before torch is imported.
+        """
+        threads = str(self.threads)
+        log = {_LOG_VARIABLE: os.path.join(log_dir, f"{name}.log")} if log_dir else {}
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "TOKENIZERS_PARALLELISM": "false",
+            **log,
+        }
+
+
+class Group:
+    """``count`` actors of one class on one placement group.
+
+    Args:
+        make_args: index of the actor to the arguments of its constructor.
+
+    Raises:
+        WorkerFailed: the cluster cannot place the group within ``seconds``.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        actor_class: Any,
+        count: int,
+        resources: Resources,
+        make_args: Callable[[int], Sequence[Any]],
+        *,
+        strategy: str,
+        seconds: float,
+        concurrency: int = 1,
+    ) -> None:
+        self.role = role
+        self.seconds = seconds
+        # A process that asks for nothing needs no place; Ray refuses empty bundles.
+        needs = any(resources.bundle().values())
+        self.placement = _place(role, [resources.bundle()] * count, strategy, seconds) if needs else None
+        self.actors: list[ActorHandle] = [
+            actor_class.options(
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                resources=resources.custom or None,
+                max_concurrency=concurrency,
+                scheduling_strategy=self._bundle(i),
+                runtime_env={"env_vars": resources.environment(f"{role}-{i}")},
+            ).remote(*make_args(i))
+            for i in range(count)
+        ]
+
+    def _bundle(self, i: int) -> PlacementGroupSchedulingStrategy | str:
+        if self.placement is None:
+            return "DEFAULT"
+        return PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=i)
+
+    def wait_ready(self) -> list[Any]:
+        """Block until every actor is up; returns what their ``ready`` returned."""
+        return wait_for([a.ready.remote() for a in self.actors], f"start of {self.role}", self.seconds)
+
+    def spans(self) -> list[Span]:
+        """The trace of all actors since the last call."""
+        return [s for part in wait_for([a.spans.remote() for a in self.actors], f"{self.role}, trace") for s in part]
+
+    def release(self) -> None:
+        """Kill the actors and give their resources back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+
+
+def _place(role: str, bundles: list[dict[str, float]], strategy: str, seconds: float) -> PlacementGroup:
+    group = placement_group(bundles, strategy=strategy, name=f"rlhf_dist-{role}")
+    # A group that the whole cluster could never hold is refused at once; a busy cluster may free resources.
+    total = ray.cluster_resources()
+    needed: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            needed[name] = needed.get(name, 0) + amount
+    short = {n: (a, total.get(n, 0)) for n, a in needed.items() if a > total.get(n, 0) + 1e-9}
+    if short or not group.wait(seconds):
+        remove_placement_group(group)
+        free = ray.available_resources()
+        detail = ", ".join(
+            f"{n}: {a:g} needed, {total.get(n, 0):g} in the cluster, {free.get(n, 0):g} free" for n, a in needed.items()
+        )
+        raise WorkerFailed(f"cannot place {role} ({len(bundles)} processes, strategy {strategy}): {detail}")
+    return group

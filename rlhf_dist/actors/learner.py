@@ -1,0 +1,356 @@
+"""The DeepSpeed groups: policy learner, critic learner, SFT and reward-model training, sharded frozen models.
+
+:class:`LearnerWorker` is one rank, :class:`LearnerGroup` what the driver holds.
+What a group learns is in its :class:`LearnerSpec`; the code path is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray import ObjectRef
+
+from rlhf_dist.actors.dispatch import Columns, RolloutBatch, Weights
+from rlhf_dist.actors.group import Group, Resources, Worker
+from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
+
+#: Tokens of the canary prompt.
+CANARY_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What one group holds and learns."""
+
+    role: str
+    model_path: str
+    head: Literal["policy", "scalar"]
+    objective: Literal["sft", "pairwise", "policy", "critic"] | None
+    """None: a frozen model, ZeRO-3 without an optimizer."""
+    model: ModelConfig
+    learner: LearnerConfig
+    optim: OptimConfig | None
+    micro_batch_tokens: int
+    packing: bool = False
+    total_steps: int = 1
+    temperature: float = 1.0
+    algo: AlgoConfig | None = None
+    max_response_length: int = 1
+    shard_mb: float = 256
+    pad_id: int = 0
+    canary_length: int = CANARY_LENGTH
+
+
+@ray.remote
+class LearnerWorker(Worker):
+    """One rank. Calls are collective: the driver sends every call to every rank, in the same order."""
+
+    def __init__(self, spec: LearnerSpec, rank: int, world: int) -> None:
+        super().__init__(f"{spec.role} {rank}")
+        self.spec = spec
+        self.rank = rank
+        self.world = world
+
+    def address(self) -> tuple[str, int]:
+        """Host and a free port, for rank 0 to gather the group."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def setup(self, address: str, port: int) -> dict[str, Any]:
+        """Join the group and load the model; returns pid, number of parameters and vocabulary."""
+        import torch
+
+        from rlhf_dist import models
+        from rlhf_dist.engines import deepspeed as engines
+
+        spec, m = self.spec, self.spec.model
+        engines.init_distributed(self.rank, self.world, address, port)
+        load = models.load_policy if spec.head == "policy" else models.load_scalar
+        model = load(spec.model_path, m.dtype, m.attention, m.trust_remote_code)
+        if m.gradient_checkpointing and spec.optim is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.vocab = model.config.vocab_size
+        module: Any = (
+            models.PolicyModule(model, spec.temperature) if spec.head == "policy" else models.ScalarModule(model)
+        )
+        parameters = sum(p.numel() for p in model.parameters())
+        learner = spec.learner if spec.optim is not None else spec.learner.model_copy(update={"zero_stage": 3})
+        self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps)
+        self.objective = _objective(spec)
+        self.torch = torch
+        return {
+            "pid": os.getpid(),
+            "parameters": parameters,
+            "vocab_size": self.vocab,
+            "threads": torch.get_num_threads(),
+        }
+
+    def update(self, table: pa.Table, minibatches: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """One optimizer step per element of ``minibatches`` (rows of ``table``).
+
+        Returns for each step this rank's share of every metric; shares of all
+        ranks add up to the global mean. ``lr`` and ``grad_norm`` are global.
+        """
+        with self.trace.span(self.name, "update"):
+            self.engine.train()
+            return [self._optimizer_step(table, rows) for rows in minibatches]
+
+    def _optimizer_step(self, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+        totals = self.objective.totals(table, rows)
+        metrics: dict[str, float] = {}
+        for batch in self._micro_batches(table, rows):
+            loss, parts = self.objective.loss(self.engine, batch, totals)
+            self.engine.backward(loss)
+            for name, value in parts.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        return {**metrics, **self.engine.step()}
+
+    def _micro_batches(self, table: pa.Table, rows: np.ndarray) -> Iterator[Any]:
+        from rlhf_dist.data.batching import micro_batches
+
+        lengths = self.objective.lengths(table)[rows]
+        plan = micro_batches(lengths, self.world, self.rank, self.spec.micro_batch_tokens, self.spec.packing)
+        for part in plan:
+            batch = self.objective.collate(table, [int(rows[i]) for i in part], self.spec.pad_id, self.spec.packing)
+            yield batch.to(self.engine.device)
+
+    def evaluate(self, table: pa.Table) -> dict[str, float]:
+        """This rank's share of the objective's metrics over the whole table, without learning."""
+        rows = np.arange(table.num_rows)
+        totals = self.objective.totals(table, rows)
+        metrics: dict[str, float] = {}
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for batch in self._micro_batches(table, rows):
+                _, parts = self.objective.loss(self.engine, batch, totals)
+                for name, value in parts.items():
+                    metrics[name] = metrics.get(name, 0.0) + float(value)
+        return metrics
+
+    def pair_outcomes(self, table: pa.Table) -> pa.Table:
+        """``row``, ``correct`` (score of the chosen side is higher) of this rank's pairs."""
+        rows, correct = [], []
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for batch in self._micro_batches(table, np.arange(table.num_rows)):
+                scores = self.engine(batch).reshape(-1)[batch.last]
+                rows += batch.rows
+                correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
+        return pa.table({"row": pa.array(rows, pa.int64()), "correct": pa.array(correct, pa.bool_())})
+
+    def logprobs(self, chunk: pa.Table, column: str) -> pa.Table:
+        """``row`` and ``column``: log-probabilities of this rank's rows under the current policy."""
+        with self.trace.span(self.name, "logprobs"):
+            return self._per_token(chunk, column, lambda batch: self.engine(batch)[0])
+
+    def values(self, chunk: pa.Table) -> pa.Table:
+        """``row`` and ``values`` of this rank's rows."""
+        with self.trace.span(self.name, "values"):
+            return self._per_token(chunk, "values", self.engine)
+
+    def scores(self, chunk: pa.Table, column: str) -> pa.Table:
+        """``row``, ``score`` and ``column`` (the component) of this rank's rows."""
+        rows: list[int] = []
+        values: list[float] = []
+        for batch, out in self._forward(chunk, self.engine):
+            rows += batch.rows
+            values += out.reshape(-1)[batch.last].tolist()[: len(batch.rows)]
+        score = pa.array(values, pa.float32())
+        return pa.table({"row": pa.array(rows, pa.int64()), "score": score, column: score})
+
+    def _per_token(self, chunk: pa.Table, column: str, forward: Any) -> pa.Table:
+        from rlhf_dist.data.batching import Ragged
+
+        responses = Ragged.of(chunk, "response_ids").lengths
+        rows: list[int] = []
+        flat: list[np.ndarray] = [np.empty(0, np.float32)]
+        for batch, out in self._forward(chunk, forward):
+            rows += batch.rows
+            flat.append(batch.gather(out))
+        ragged = Ragged.to_arrow(np.concatenate(flat), responses[rows] if rows else np.empty(0, np.int64))
+        return pa.table({"row": pa.array(rows, pa.int64()), column: ragged.cast(pa.list_(pa.float32()))})
+
+    def _forward(self, chunk: pa.Table, forward: Any) -> Iterator[tuple[Any, Any]]:
+        from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+
+        lengths = sequence_lengths(chunk)
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for rows in micro_batches(lengths, self.world, self.rank, self.spec.micro_batch_tokens, self.spec.packing):
+                batch = collate(chunk, rows, (), self.spec.pad_id, self.spec.packing).to(self.engine.device)
+                yield batch, forward(batch)
+
+    def weights(self, version: int) -> tuple[list[Any], tuple[np.ndarray, np.ndarray] | None]:
+        """This rank's shards of ``version`` and, on rank 0, the canary: tokens and their log-probabilities.
+
+        Groups of parameters are dealt out to the ranks, so that each packs and
+        sends its part. *Returned*, not put: the driver owns them, and they
+        survive this process.
+        """
+        from rlhf_dist.engines.shards import pack
+
+        with self.trace.span(self.name, "push_weights"):
+            # Every rank walks all groups, since gathering is collective, and packs its own.
+            groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20)))
+            shards = [pack(version, group) for i, group in groups if i % self.world == self.rank]
+            canary = self._canary()
+        return shards, canary if self.rank == 0 else None
+
+    def _canary(self) -> tuple[np.ndarray, np.ndarray]:
+        """A fixed prompt of random tokens; its log-probabilities at temperature 1."""
+        from rlhf_dist.data.batching import collate
+
+        ids = np.random.default_rng(0).integers(0, self.vocab, self.spec.canary_length, dtype=np.int32)
+        table = pa.table(
+            {
+                "prompt_ids": pa.array([ids[:1]], pa.list_(pa.int32())),
+                "response_ids": pa.array([ids[1:]], pa.list_(pa.int32())),
+            }
+        )
+        module = self.engine.module
+        batch = collate(table, [0], (), self.spec.pad_id, False).to(self.engine.device)
+        temperature, module.temperature = module.temperature, 1.0
+        self.engine.train(False)
+        with self.torch.no_grad():
+            logprobs, _ = self.engine(batch)
+        module.temperature = temperature
+        return ids, batch.gather(logprobs)
+
+    def export(self, folder: str, tokenizer_dir: str) -> None:
+        """Write the model in Hugging Face's format, with its tokenizer."""
+        self.engine.export(folder, int(self.spec.shard_mb * 2**20))
+        if self.rank == 0:
+            from rlhf_dist.data.tokenization import load_tokenizer, save_tokenizer
+
+            save_tokenizer(load_tokenizer(tokenizer_dir), folder)
+
+
+def _objective(spec: LearnerSpec) -> Any:
+    from rlhf_dist.engines import objectives
+
+    match spec.objective:
+        case "sft":
+            return objectives.SFTObjective()
+        case "pairwise":
+            return objectives.PairwiseObjective()
+        case "policy":
+            return objectives.PolicyObjective(spec.algo, spec.max_response_length)
+        case "critic":
+            return objectives.CriticObjective(spec.algo)
+        case None:
+            return None
+
+
+@dataclass
+class PendingStats:
+    """Metrics of updates that are still running; ``a | b`` joins those of two groups."""
+
+    parts: list[tuple[str, list[ObjectRef]]] = field(default_factory=list)
+
+    def __or__(self, other: PendingStats) -> PendingStats:
+        return PendingStats(self.parts + other.parts)
+
+    def steps(self) -> list[dict[str, float]]:
+        """One dict for each optimizer step (of the first group)."""
+        role, refs = self.parts[0]
+        return reduce_ranks(wait_for(refs, f"{role}, updating"))
+
+    def result(self) -> dict[str, float]:
+        """Means over the optimizer steps, as ``train/NAME``. Names that two groups share: the critic's get a prefix."""
+        metrics: dict[str, float] = {}
+        for role, refs in self.parts:
+            steps = reduce_ranks(wait_for(refs, f"{role}, updating"))
+            for name in steps[0]:
+                key = (
+                    f"train/critic_{name}"
+                    if role == "critic" and name in ("lr", "grad_norm", "loss")
+                    else f"train/{name}"
+                )
+                metrics[key] = sum(s[name] for s in steps) / len(steps)
+        if "train/_r2" in metrics:
+            r1, r2, e1, e2 = (metrics.pop(f"train/_{name}") for name in ("r1", "r2", "e1", "e2"))
+            variance = r2 - r1**2
+            metrics["train/explained_variance"] = 1 - (e2 - e1**2) / variance if variance > 1e-12 else 0.0
+        return metrics
+
+
+def reduce_ranks(ranks: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Shares of all ranks to global figures, for each optimizer step."""
+    shared = ("lr", "grad_norm")
+    return [
+        {name: step[0][name] if name in shared else sum(rank[name] for rank in step) for name in step[0]}
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+class LearnerGroup:
+    """All ranks of one learner; every method sends one call to each of them."""
+
+    def __init__(self, spec: LearnerSpec, strategy: str, seconds: float) -> None:
+        self.spec = spec
+        self.role = spec.role
+        self.seconds = seconds
+        c = spec.learner
+        world = c.ranks
+        self.group = Group(
+            spec.role,
+            LearnerWorker,
+            world,
+            Resources(c.cpus, c.gpus, c.resources),
+            lambda rank: (spec, rank, world),
+            strategy=strategy,
+            seconds=seconds,
+        )
+        self.ranks = self.group.actors
+        self._setup: list[ObjectRef] = []
+
+    def start(self) -> LearnerGroup:
+        """Begin to load; returns at once. :meth:`wait_ready` waits."""
+        address, port = wait_for(self.ranks[0].address.remote(), f"start of {self.role}", self.seconds)
+        self._setup = [r.setup.remote(address, port) for r in self.ranks]
+        return self
+
+    def wait_ready(self) -> list[dict[str, Any]]:
+        return wait_for(self._setup, f"start of {self.role}", self.seconds)
+
+    def update(self, table: ObjectRef | pa.Table, minibatches: Sequence[np.ndarray]) -> PendingStats:
+        """Learn from ``table``; returns at once."""
+        return PendingStats([(self.role, [r.update.remote(table, list(minibatches)) for r in self.ranks])])
+
+    def evaluate(self, table: ObjectRef) -> dict[str, float]:
+        """The objective's metrics over ``table``."""
+        parts = wait_for([r.evaluate.remote(table) for r in self.ranks], f"{self.role}, evaluating")
+        return {name: sum(p[name] for p in parts) for name in parts[0]}
+
+    def pair_outcomes(self, table: ObjectRef) -> pa.Table:
+        """``row``, ``correct`` for every comparison."""
+        parts = wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
+        return pa.concat_tables(parts).sort_by("row")
+
+    def logprobs(self, batch: RolloutBatch, column: str = "old_logprobs") -> Columns:
+        return batch.apply(self.role, lambda chunk: [r.logprobs.remote(chunk, column) for r in self.ranks])
+
+    def values(self, batch: RolloutBatch) -> Columns:
+        return batch.apply(self.role, lambda chunk: [r.values.remote(chunk) for r in self.ranks])
+
+    def scores(self, batch: RolloutBatch, column: str) -> Columns:
+        return batch.apply(self.role, lambda chunk: [r.scores.remote(chunk, column) for r in self.ranks])
+
+    def weights(self, version: int) -> Weights:
+        """Publish ``version``; returns at once."""
+        return Weights(version, [r.weights.remote(version) for r in self.ranks])
+
+    def export(self, folder: str, tokenizer_dir: str) -> None:
+        wait_for([r.export.remote(folder, tokenizer_dir) for r in self.ranks], f"{self.role}, exporting to {folder}")
+
+    def release(self) -> None:
+        self.group.release()

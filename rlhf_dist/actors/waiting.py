@@ -1,0 +1,63 @@
+"""Every wait for another process goes through here: bounded, named, and with the real cause when it fails."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayTaskError
+
+
+class WorkerFailed(RuntimeError):
+    """A process of the run failed; the message says which one, doing what, and why."""
+
+
+class WaitLimitExceeded(WorkerFailed):
+    """The other process did not answer in time."""
+
+
+#: Seconds for any one wait; set from ``run.wait_limit`` when the run starts.
+limit: float = 1800.0
+
+
+def wait_for(refs: Any, what: str, seconds: float | None = None) -> Any:
+    """``ray.get(refs)`` within ``seconds`` (default: the run's limit).
+
+    Args:
+        what: who is waited for, doing what; part of every message.
+
+    Raises:
+        ValueError: as the other process raised it: a mistake of the user.
+        WorkerFailed: the process died or raised.
+    """
+    seconds = limit if seconds is None else seconds
+    started = time.monotonic()
+    try:
+        return ray.get(refs, timeout=seconds)
+    except GetTimeoutError:
+        waited = time.monotonic() - started
+        raise WaitLimitExceeded(
+            f"the driver waited {waited:.0f} s for {what}; the limit is {seconds:.0f} s (run.wait_limit)"
+        ) from None
+    except RayTaskError as error:
+        raise from_task_error(error, what) from None
+    except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
+        raise WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}") from None
+
+
+def from_task_error(error: RayTaskError, what: str) -> Exception:
+    """The exception that the worker raised, with its traceback as a note instead of Ray's wrapping."""
+    cause = error.cause
+    if isinstance(cause, RayTaskError):  # a failed dependency: the origin is inside
+        return from_task_error(cause, what)
+    if isinstance(cause, (ValueError, FloatingPointError)):
+        exception: Exception = type(cause)(f"{what}: {cause}")
+    else:
+        exception = WorkerFailed(f"{what}: {type(cause).__name__}: {cause}")
+    exception.add_note(error.traceback_str)
+    return exception
+
+
+def _first_lines(text: str, n: int = 6) -> str:
+    return " ".join(line.strip() for line in text.splitlines()[:n] if line.strip())

@@ -1,0 +1,133 @@
+"""The KL to the reference: estimators per token, the reward they enter, and the control of its coefficient."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: Log-ratios are cut to ±20 before ``exp``: e^20 ≈ 5e8 is beyond any use, and float32 would overflow at 88.
+LOG_RATIO_LIMIT = 20.0
+#: and k3 to 10 nats.
+K3_LIMIT = 10.0
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator, mask: Tensor | None = None) -> Tensor:
+    """Estimate KL(π ‖ q) per token from the log-probabilities of a token sampled from π.
+
+    k1 = log π − log q, k2 = ½ k1², k3 = e^{−k1} − 1 + k1 (Schulman, joschu.net/blog/kl-approx). k1 and k3 are
+    unbiased, k2 and k3 never negative. In the reward use any; in the loss k2 has the gradient of the KL on-policy,
+    k3's differs from it, and k1's is zero in expectation.
+
+    k3 cuts the log-ratio to ±20 before ``exp`` and the result to 10; :func:`k3_clamped` marks those tokens, which
+    have no gradient.
+
+    Args:
+        logprobs: ``[B, T]``, with gradient if the result enters the loss.
+        ref_logprobs: ``[B, T]``.
+        mask: ``[B, T]``; given, the result is 0 outside it and NaN there is inert, in the gradient too.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+    k1 = logprobs - ref_logprobs
+    if mask is not None:
+        # Before the estimator, not after: the gradient of a masked NaN would be 0 · NaN.
+        k1 = torch.where(mask.bool(), k1, 0)
+    if estimator == "k1":
+        return k1
+    if estimator == "k2":
+        return 0.5 * k1.square()
+    if estimator == "k3":
+        return k3(-k1)
+    raise ValueError(f"estimator={estimator!r}: expected k1, k2 or k3")
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """e^x − 1 − x with x cut to ±20 and the result to [0, 10]; any shape."""
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (log_ratio.expm1() - log_ratio).clamp(0, K3_LIMIT)
+
+
+@torch.no_grad()
+def k3_clamped(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """1 for the trained tokens whose k3 was cut, as a metric: ``[B, T]``."""
+    at_limit = k3(ref_logprobs - logprobs) >= K3_LIMIT
+    return (at_limit & mask.bool()).to(logprobs.dtype)
+
+
+@torch.no_grad()
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """−kl_coef · kl on every trained token, plus the score on the last one (InstructGPT, 2203.02155).
+
+    Args:
+        scores: ``[B]``.
+        kl, mask: ``[B, T]``.
+
+    Returns:
+        ``[B, T]``, 0 outside the mask. A row without trained tokens has nowhere to put its score: all 0.
+    """
+    mask = mask.bool()
+    still_to_come = mask.flip(1).cumsum(1).flip(1)
+    rewards = torch.where(mask, -kl_coef * kl, 0)
+    return torch.where(mask & (still_to_come == 1), rewards + scores[:, None], rewards)
+
+
+class FixedKLController:
+    """A KL coefficient that stays as it is."""
+
+    def __init__(self, coef: float) -> None:
+        self.value = _non_negative(coef)
+
+    def update(self, kl_per_sample: float, n_samples: int) -> None:
+        """Does nothing; there so that the recipe need not know which controller it has."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
+
+
+class AdaptiveKLController(FixedKLController):
+    """Moves the coefficient until the KL per sample is at a target (Ziegler et al., 1909.08593).
+
+    β ← β (1 + clip(KL / target − 1, ±0.2) · n / horizon). A batch of more samples than the horizon counts as one
+    horizon: beyond five, β would turn negative.
+
+    Args:
+        coef: β at the start.
+        target: wanted KL per sample, in nats, summed over its tokens.
+        horizon: samples over which β can change by a factor of about 1.2.
+
+    Raises:
+        ValueError: if a number is negative, or target or horizon is 0.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: float) -> None:
+        super().__init__(coef)
+        if target <= 0 or horizon <= 0:
+            raise ValueError(f"target={target} and horizon={horizon} must both be above 0")
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl_per_sample: float, n_samples: int) -> None:
+        """Move β after a batch of ``n_samples``, whose KL summed over tokens has the mean ``kl_per_sample`` (nats).
+
+        Raises:
+            ValueError: if the KL is NaN or infinite.
+        """
+        if not math.isfinite(kl_per_sample):
+            raise ValueError(f"kl_per_sample={kl_per_sample}: the KL must be finite; look at the log-probabilities")
+        error = max(-0.2, min(0.2, kl_per_sample / self.target - 1))
+        self.value *= 1 + error * min(1.0, n_samples / self.horizon)
+
+
+def _non_negative(coef: float) -> float:
+    if not coef >= 0:
+        raise ValueError(f"coef={coef}: the KL coefficient must be 0 or more")
+    return coef

@@ -1,0 +1,1 @@
+"""Data: the embedded world, readers, formats, tokenizing, the prompt order, batches."""

@@ -1,0 +1,231 @@
+"""Arrow tables to tensors: which rows form a micro-batch, and how their tokens are laid out.
+
+This is the only place where ragged columns become tensors. Two layouts share
+one code path; they differ in where a row starts in the flat token buffer:
+
+* padded  ``[B, T]``: row ``b`` starts at ``b * T``; rows of similar length share
+  a micro-batch, so little is padded (CPUs, and GPUs without varlen kernels);
+* packed  ``[1, N]``: rows lie end to end and ``position_ids`` start anew with
+  each row, which varlen attention reads as separate sequences.
+
+**Alignment.** Index ``t`` of every tensor belongs to the *prediction of token
+t + 1*: ``logprobs[t] = log p(token[t+1] | token[<=t])``, ``values[t]`` is the
+value of the state before token ``t + 1``. A response of ``q`` tokens after a
+prompt of ``p`` therefore occupies the indices ``p - 1 ... p + q - 2``.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+
+class Ragged(NamedTuple):
+    """A list column without a copy: row ``i`` is ``values[offsets[i]:offsets[i+1]]``."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __getitem__(self, row: int) -> np.ndarray:  # type: ignore[override]
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of(cls, table: pa.Table, column: str) -> Ragged:
+        data = table[column].combine_chunks()
+        return cls(data.values.to_numpy(zero_copy_only=True), data.offsets.to_numpy())
+
+    @staticmethod
+    def to_arrow(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
+        """Flat values and the length of each row to an Arrow list column."""
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device; shapes are ``[B, T]`` padded or ``[1, N]`` packed."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    """``[B, T]``, 1 for tokens; None when packed (``position_ids`` separate the rows)."""
+    position_ids: Tensor
+    labels: Tensor
+    """Token ``t + 1`` at index ``t``; 0 where nothing is predicted."""
+    response: Tensor
+    """bool: index predicts a response token."""
+    mask: Tensor
+    """bool: index predicts a *trained* response token (``response_mask``)."""
+    last: Tensor
+    """``[rows]`` flat index of each row's last token."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """Per-token columns of the table, scattered to ``[B, T]``."""
+    rows: Sequence[int] = ()
+    """Rows of the table, in order; empty for a dummy."""
+    first_label: int = 0
+    """No index before this one (padded layout) predicts a response token."""
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in self.__dict__.items()
+            if k != "columns"
+        }
+        return Batch(**moved, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
+
+    def gather(self, x: Tensor) -> np.ndarray:
+        """The response tokens of ``x``, rows end to end."""
+        return x[self.response].float().cpu().numpy()
+
+
+def partition(lengths: np.ndarray, ranks: int) -> list[list[int]]:
+    """Rows to ranks so that tokens are balanced; deterministic, the same on every rank."""
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    heap = [(0, r) for r in range(ranks)]
+    for row in np.argsort(-lengths, kind="stable"):
+        tokens, r = heapq.heappop(heap)
+        parts[r].append(int(row))
+        heapq.heappush(heap, (tokens + int(lengths[row]), r))
+    return parts
+
+
+def micro_batches(
+    lengths: np.ndarray, ranks: int, rank: int, max_tokens: int, packing: bool = False
+) -> list[list[int]]:
+    """Rows of this rank in micro-batches of at most ``max_tokens`` tokens, padding included.
+
+    Every rank gets *equally many* micro-batches, because DeepSpeed's forwards
+    and backwards are collective; missing ones are empty lists, which
+    :func:`collate` turns into dummies of weight zero. A row longer than
+    ``max_tokens`` forms a micro-batch of its own.
+    """
+    plans = [_fill(lengths, rows, max_tokens, packing) for rows in partition(lengths, ranks)]
+    count = max(1, *(len(p) for p in plans))
+    return plans[rank] + [[] for _ in range(count - len(plans[rank]))]
+
+
+def _fill(lengths: np.ndarray, rows: list[int], max_tokens: int, packing: bool) -> list[list[int]]:
+    """``rows`` come longest first, so the first row of a micro-batch sets its padded length."""
+    plan: list[list[int]] = []
+    used = longest = 0
+    for row in rows:
+        n = int(lengths[row])
+        if not plan or (used + n if packing else longest * (len(plan[-1]) + 1)) > max_tokens:
+            plan.append([])
+            used, longest = 0, n
+        plan[-1].append(row)
+        used += n
+    return plan
+
+
+def sequence_lengths(table: pa.Table) -> np.ndarray:
+    """Prompt plus response tokens of each row."""
+    return Ragged.of(table, "prompt_ids").lengths + Ragged.of(table, "response_ids").lengths
+
+
+def collate(
+    table: pa.Table, rows: Sequence[int], columns: Sequence[str] = (), pad_id: int = 0, packing: bool = False
+) -> Batch:
+    """The micro-batch of ``rows`` with the per-token ``columns``; a dummy of weight zero if ``rows`` is empty.
+
+    Raises:
+        ValueError: a row has an empty prompt (its first token would be predicted from nothing).
+    """
+    prompts, responses = Ragged.of(table, "prompt_ids"), Ragged.of(table, "response_ids")
+    has_mask = "response_mask" in table.column_names
+    masks = Ragged.of(table, "response_mask") if has_mask else None
+    ragged = {name: Ragged.of(table, name) for name in columns}
+    return _layout(
+        [prompts[r] for r in rows],
+        [responses[r] for r in rows],
+        [masks[r] for r in rows] if masks else None,
+        {name: [data[r] for r in rows] for name, data in ragged.items()},
+        rows,
+        pad_id,
+        packing,
+    )
+
+
+def collate_pairs(table: pa.Table, rows: Sequence[int], pad_id: int = 0, packing: bool = False) -> Batch:
+    """Comparisons: sequence ``2 i`` is the chosen side of ``rows[i]``, ``2 i + 1`` the rejected one."""
+    prompts = Ragged.of(table, "prompt_ids")
+    sides = (Ragged.of(table, "chosen_ids"), Ragged.of(table, "rejected_ids"))
+    return _layout(
+        [prompts[r] for r in rows for _ in sides], [s[r] for r in rows for s in sides], None, {}, rows, pad_id, packing
+    )
+
+
+def pair_lengths(table: pa.Table) -> np.ndarray:
+    """Cost of each pair: both sides, padded to the longer one."""
+    longer = np.maximum(Ragged.of(table, "chosen_ids").lengths, Ragged.of(table, "rejected_ids").lengths)
+    return 2 * (Ragged.of(table, "prompt_ids").lengths + longer)
+
+
+def _layout(
+    prompts: list[np.ndarray],
+    responses: list[np.ndarray],
+    masks: list[np.ndarray] | None,
+    columns: dict[str, list[np.ndarray]],
+    rows: Sequence[int],
+    pad_id: int,
+    packing: bool,
+) -> Batch:
+    if not prompts:  # a dummy: one token, nothing predicted, so every sum over it is zero
+        prompts, responses, masks = [np.full(1, pad_id, np.int32)], [np.empty(0, np.int32)], None
+        columns = {name: [np.empty(0, np.float32)] for name in columns}
+    p = np.array([len(x) for x in prompts])
+    q = np.array([len(x) for x in responses])
+    if (p == 0).any():
+        raise ValueError(f"row {rows[int(np.argmin(p))]} has an empty prompt; give it at least a BOS token")
+    n = p + q
+    width = int(n.sum()) if packing else int(n.max())
+    starts = np.concatenate([[0], np.cumsum(n)[:-1]]) if packing else np.arange(len(n)) * width
+    size = width if packing else width * len(n)
+
+    tokens = np.full(size, pad_id, np.int64)
+    attention = np.zeros(size, np.int64)
+    positions = np.zeros(size, np.int64)
+    labels = np.zeros(size, np.int64)
+    response = np.zeros(size, bool)
+    mask = np.zeros(size, bool)
+    scattered = {name: np.zeros(size, np.float32) for name in columns}
+    for i, start in enumerate(starts):
+        end = start + n[i]
+        tokens[start : start + p[i]] = prompts[i]
+        tokens[start + p[i] : end] = responses[i]
+        attention[start:end] = 1
+        positions[start:end] = np.arange(n[i])
+        predicts = slice(start + p[i] - 1, end - 1)
+        labels[predicts] = responses[i]
+        response[predicts] = True
+        mask[predicts] = masks[i] if masks is not None else 1
+        for name, data in columns.items():
+            scattered[name][predicts] = data[i]
+
+    shape = (1, size) if packing else (len(n), width)
+    as_tensor = lambda x: torch.from_numpy(x).view(shape)
+    return Batch(
+        input_ids=as_tensor(tokens),
+        attention_mask=None if packing else as_tensor(attention),
+        position_ids=as_tensor(positions),
+        labels=as_tensor(labels),
+        response=as_tensor(response),
+        mask=as_tensor(mask),
+        last=torch.from_numpy(starts + n - 1),
+        columns={name: as_tensor(x) for name, x in scattered.items()},
+        rows=list(rows),
+        first_label=0 if packing else int((p - 1).min()),
+    )

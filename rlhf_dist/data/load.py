@@ -1,0 +1,229 @@
+"""From the config to token tables: what the recipes call, inside Ray tasks.
+
+Each ``load_*`` returns a table of :mod:`rlhf_dist.schema` and a report:
+
+    rows       rows of the table
+    skipped    faulty rows (the first messages, with file and line, are in ``messages``)
+    too_long   rows left out because they exceed the configured length
+    held_out   training rows left out because their prompt belongs to the held-out set
+
+Held out are the prompts of ``data.test``; where no such file is given, one
+training prompt in twenty, chosen by a hash of its text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from rlhf_dist.config import Config
+from rlhf_dist.data import formats, tokenization, world
+from rlhf_dist.data.formats import Example, Purpose
+from rlhf_dist.data.readers import RowErrors, read_rows
+
+Split = Literal["train", "test"]
+Report = dict[str, Any]
+
+HELD_OUT_ONE_IN = 20
+
+
+def make_tokenizer(cfg: Config, out_dir: str) -> Report:
+    """Write the run's tokenizer to ``out_dir``: the configured one, the world's, or one trained on the training rows.
+
+    Returns ``vocab_size`` (the embedding rows that a model needs), ``bos_token_id``, ``eos_token_id``,
+    ``pad_token_id``, ``skipped``, ``messages``.
+    """
+    name = cfg.model.tokenizer or cfg.model.path
+    errors = RowErrors(cfg.data.on_bad_row)
+    if name is None and cfg.data.format == "world":
+        tokenizer: Any = world.build_tokenizer()
+        if cfg.data.chat_template is not None:
+            tokenizer.chat_template = cfg.data.chat_template
+    else:
+        rows = [] if name else _read(cfg, "train", "prompts", errors)[0]
+        tokenizer = tokenization.load_or_train_tokenizer(
+            name,
+            tokenization.training_texts(rows),
+            cfg.model.tokenizer_vocab_size,
+            cfg.data.chat_template,
+            cfg.model.trust_remote_code,
+        )
+    tokenization.save_tokenizer(tokenizer, out_dir)
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "skipped": errors.count,
+        "messages": errors.messages,
+    }
+
+
+def load_prompts(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Table, Report]:
+    """Prompts of at most ``rollout.max_prompt_length`` tokens, as ``schema.PROMPT``; ``prompt_id`` is the row."""
+    errors, held_out = RowErrors(cfg.data.on_bad_row), 0
+    if cfg.data.format == "world":
+        rows = [_world_example(row) for row in _world_prompts(cfg, split)]
+    else:
+        rows, held_out = _read(cfg, split, "prompts", errors)
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    table, too_long = tokenization.tokenize_prompts(tokenizer, rows, cfg.rollout.max_prompt_length)
+    _check_rows(table, f"prompts within rollout.max_prompt_length={cfg.rollout.max_prompt_length}", too_long)
+    return table, _report(table, errors, too_long, held_out)
+
+
+def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Table, Report]:
+    """Demonstrations of at most ``sft.max_length`` tokens, as ``schema.DEMONSTRATION``.
+
+    Raises:
+        ValueError: the format holds none; or the world is asked for a held-out file (it has prompts for that).
+    """
+    errors, held_out = RowErrors(cfg.data.on_bad_row), 0
+    if cfg.data.format == "world":
+        if split == "test":
+            raise ValueError("data.format=world has no held-out demonstrations: score samples by its gold score")
+        rows = [_world_example(r) for r in world.make_demonstrations(cfg.seed, cfg.data.world.demonstrations)]
+    else:
+        rows, held_out = _read(cfg, split, "demonstrations", errors)
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    table, too_long = tokenization.tokenize_demonstrations(tokenizer, rows, cfg.sft.max_length)
+    _check_rows(table, f"demonstrations within sft.max_length={cfg.sft.max_length}", too_long)
+    return table, _report(table, errors, too_long, held_out)
+
+
+def load_comparisons(
+    cfg: Config, tokenizer_dir: str, split: Split, sampled: pa.Table | None = None
+) -> tuple[pa.Table, Report]:
+    """Comparisons of at most ``reward_model.max_length`` tokens a side, as ``schema.COMPARISON``.
+
+    ``sampled`` (world, training split) is a rollout table for prompts of ``load_prompts(cfg, ..., "train")``; a share
+    ``data.world.sampled_pairs`` of the pairs is made of its responses, as far as they yield pairs that differ; the
+    report says how many as ``sampled_pairs``. ``reward_model.shuffle_labels`` swaps the sides of training pairs at
+    random. The world's test pairs are twice ``data.world.test_prompts``, half of them with source "correctness".
+    """
+    errors, held_out = RowErrors(cfg.data.on_bad_row), 0
+    extra: dict[str, int] = {}
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    if cfg.data.format == "world":
+        rows, extra = _world_comparisons(cfg, tokenizer, split, sampled)
+    elif sampled is not None:
+        raise ValueError(f"data.format={cfg.data.format} takes no sampled pairs: nobody can label them")
+    else:
+        rows, held_out = _read(cfg, split, "comparisons", errors)
+    table, too_long = tokenization.tokenize_comparisons(tokenizer, rows, cfg.reward_model.max_length)
+    if cfg.reward_model.shuffle_labels and split == "train":
+        table = _shuffle_labels(table, cfg.seed)
+    _check_rows(table, f"comparisons within reward_model.max_length={cfg.reward_model.max_length}", too_long)
+    return table, _report(table, errors, too_long, held_out) | extra
+
+
+def _read(cfg: Config, split: Split, purpose: Purpose, errors: RowErrors) -> tuple[list[Example], int]:
+    """Examples of one split, and how many training rows were left out because they are held out."""
+    formats.check_purpose(cfg.data.format, purpose)
+    if split == "test" and cfg.data.test is not None:
+        return _read_file(cfg, cfg.data.test, "test", purpose, errors), 0
+    if cfg.data.train is None:
+        raise ValueError(f"data.train is not given, but the run needs {purpose} (split {split})")
+    rows = _read_file(cfg, cfg.data.train, "train", purpose, errors)
+    if cfg.data.test is None:
+        kept = [row for row in rows if _by_hash(row) == (split == "test")]
+        return kept, len(rows) - len(kept) if split == "train" else 0
+    test = _read_file(cfg, cfg.data.test, "test", "prompts", RowErrors(cfg.data.on_bad_row))
+    held_out = {_prompt_key(row) for row in test}
+    kept = [row for row in rows if _prompt_key(row) not in held_out]
+    return kept, len(rows) - len(kept)
+
+
+def _read_file(cfg: Config, name: str, split: Split, purpose: Purpose, errors: RowErrors) -> list[Example]:
+    folder = cfg.data.dir or ""
+    if name.startswith("hub:"):
+        path = name
+    else:
+        path = folder if folder.startswith("hub:") else str(Path(folder) / name)
+    raw = read_rows(path, errors, cfg.data.max_rows, hub_split=split)
+    rows = list(errors.parsed(raw, lambda row: formats.parse(cfg.data.format, row, purpose)))
+    if not rows:
+        first = f"; the first of {errors.count} faulty rows: {errors.messages[0]}" if errors.messages else ""
+        raise ValueError(f"{path} has no usable row for data.format={cfg.data.format} ({purpose}){first}")
+    return rows
+
+
+def _prompt_key(row: Example) -> str:
+    return row.text if row.text is not None else json.dumps(row.messages)
+
+
+def _by_hash(row: Example) -> bool:
+    return zlib.crc32(_prompt_key(row).encode()) % HELD_OUT_ONE_IN == 0
+
+
+def _check_rows(table: pa.Table, what: str, too_long: int) -> None:
+    if table.num_rows == 0:
+        raise ValueError(f"no {what}; {too_long} rows are longer. Raise the limit, or check the data")
+
+
+def _report(table: pa.Table, errors: RowErrors, too_long: int, held_out: int) -> Report:
+    return {
+        "rows": table.num_rows,
+        "skipped": errors.count,
+        "too_long": too_long,
+        "held_out": held_out,
+        "messages": errors.messages,
+    }
+
+
+def _world_prompts(cfg: Config, split: Split) -> list[dict[str, Any]]:
+    n = cfg.data.world.prompts if split == "train" else cfg.data.world.test_prompts
+    return world.make_prompts(cfg.seed, n, split)
+
+
+def _world_example(row: dict[str, Any]) -> Example:
+    return Example(
+        messages=[{"role": "user", "content": row["prompt"]}],
+        response=row.get("chosen", row.get("response")),
+        rejected=row.get("rejected"),
+        source=row.get("source", ""),
+        fields={key: row[key] for key in ("family", "kind", "answer") if key in row},
+    )
+
+
+def _world_comparisons(
+    cfg: Config, tokenizer: Any, split: Split, sampled: pa.Table | None
+) -> tuple[list[Example], dict[str, int]]:
+    settings = cfg.data.world
+    if split == "test":
+        return [_world_example(r) for r in world.make_test_comparisons(cfg.seed, 2 * settings.test_prompts)], {}
+    rows: list[dict[str, Any]] = []
+    if sampled is not None:
+        wanted = round(settings.comparisons * settings.sampled_pairs)
+        responses = _sampled_responses(cfg, tokenizer, sampled)
+        rows = world.make_comparisons(cfg.seed, wanted, settings.label_noise, responses)
+    extra = {"sampled_pairs": len(rows)}
+    rows += world.make_comparisons(cfg.seed, settings.comparisons - len(rows), settings.label_noise)
+    random.Random(f"{cfg.seed} comparison order").shuffle(rows)
+    return [_world_example(row) for row in rows], extra
+
+
+def _sampled_responses(cfg: Config, tokenizer: Any, sampled: pa.Table) -> list[tuple[dict[str, Any], list[str]]]:
+    prompts = _world_prompts(cfg, "train")
+    texts = tokenizer.batch_decode(sampled["response_ids"].to_pylist(), skip_special_tokens=True)
+    by_prompt: dict[int, list[str]] = {}
+    for prompt_id, text in zip(sampled["prompt_id"].to_pylist(), texts, strict=True):
+        by_prompt.setdefault(prompt_id, []).append(text)
+    return [(prompts[i], by_prompt[i]) for i in sorted(by_prompt)]
+
+
+def _shuffle_labels(table: pa.Table, seed: int) -> pa.Table:
+    rng = random.Random(f"{seed} shuffled labels")
+    swap = pa.array([rng.random() < 0.5 for _ in range(table.num_rows)])
+    chosen, rejected = table["chosen_ids"].combine_chunks(), table["rejected_ids"].combine_chunks()
+    n = table.num_rows
+    both = pa.concat_arrays([chosen, rejected])
+    own = [i + n if s else i for i, s in enumerate(swap.to_pylist())]
+    other = [i if s else i + n for i, s in enumerate(swap.to_pylist())]
+    table = table.set_column(table.column_names.index("chosen_ids"), "chosen_ids", both.take(pa.array(own)))
+    return table.set_column(table.column_names.index("rejected_ids"), "rejected_ids", both.take(pa.array(other)))

@@ -1,0 +1,217 @@
+"""One rank of a DeepSpeed group: forward, backward, step, export. The only file that imports deepspeed.
+
+The same engine trains every objective (SFT, reward model, policy, critic) and,
+without an optimizer, serves frozen models that are too large for one device.
+
+Gradients: the loss of a micro-batch is already divided by the *global* number
+of tokens, so micro-batches and ranks add up. DeepSpeed averages over ranks;
+:meth:`LearnerEngine.backward` multiplies that back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlhf_dist.config import LearnerConfig, OptimConfig
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is not a number; raised before the optimizer step changes anything."""
+
+
+def init_distributed(rank: int, world: int, address: str, port: int) -> None:
+    """Join the group; gloo on CPUs, nccl on GPUs."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
+    """Rate of optimizer step ``step`` (from 0): linear warm-up, then constant, linear or cosine decay."""
+    warmup = math.ceil(cfg.warmup_ratio * total_steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = 1 - done if cfg.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+
+
+def ds_config(learner: LearnerConfig, optim: OptimConfig | None, dtype: str) -> dict[str, Any]:
+    """The DeepSpeed config of a group; ``optim`` is None for frozen models (ZeRO-3 without an optimizer)."""
+    offload = {"device": "cpu", "pin_memory": True}
+    zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
+    if learner.zero_stage == 3:
+        # Models of a few hundred kB would otherwise never be partitioned.
+        zero["stage3_param_persistence_threshold"] = 10_000
+        if learner.offload_params:
+            zero["offload_param"] = offload
+    if learner.offload_optimizer:
+        zero["offload_optimizer"] = offload
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # backward() accumulates, step() reduces and updates: micro-batches may differ in number from step to step.
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    if optim is not None:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["gradient_clipping"] = optim.max_grad_norm
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "eps": optim.eps,
+                "weight_decay": optim.weight_decay,
+                # DeepSpeed's own Adam kernels are compiled on first use; they pay off on GPUs only.
+                "torch_adam": not learner.gpus,
+            },
+        }
+    return config
+
+
+class LearnerEngine:
+    """A module under DeepSpeed. All methods are collective: every rank calls them in the same order."""
+
+    def __init__(
+        self, module: nn.Module, learner: LearnerConfig, optim: OptimConfig | None, dtype: str, total_steps: int = 1
+    ) -> None:
+        self.optim = optim
+        self.total_steps = total_steps
+        self.steps = 0
+        self.world = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.zero3 = learner.zero_stage == 3
+        config = ds_config(learner, optim, dtype)
+        parameters = [p for p in module.parameters() if p.requires_grad] if optim else None
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+        self.device = self.engine.device
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.engine(*args, **kwargs)
+
+    def train(self, on: bool = True) -> None:
+        self.engine.train(on)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of ``loss``, a sum divided by the global count (see the module's docstring).
+
+        Raises:
+            NonFiniteError: ``loss`` is NaN or infinite.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss.item()} in optimizer step {self.steps} on rank {self.rank}")
+        self.engine.backward(loss * self.world)
+
+    def step(self) -> dict[str, float]:
+        """Reduce, clip, update. Returns ``lr`` and ``grad_norm`` (global, before clipping).
+
+        Raises:
+            NonFiniteError: the gradient is not finite; DeepSpeed skipped the update.
+        """
+        assert self.optim is not None
+        lr = learning_rate(self.steps, self.total_steps, self.optim)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = float(norm) if norm is not None else float("nan")
+        if not math.isfinite(norm) or norm < 0:  # DeepSpeed reports an overflow as -1
+            raise NonFiniteError(f"gradient norm is {norm} in optimizer step {self.steps}; the step was skipped")
+        self.steps += 1
+        return {"lr": lr, "grad_norm": norm}
+
+    def named_weights(self, group_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Full parameters under *checkpoint* names, in groups of about ``group_bytes``.
+
+        Under ZeRO-3 a group is gathered on all ranks at once and freed before
+        the next, so memory is bounded and the number of collectives small. The
+        tensors are valid until the next group is asked for. transformers 5
+        fuses some modules (experts, for instance); the reverse conversion turns
+        them back into what checkpoints and vLLM's loaders call them.
+        """
+        model: PreTrainedModel = self.module.model  # type: ignore[assignment]
+        for group in _groups(model, group_bytes):
+            parameters = [p for _, p in group]
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero3):
+                named = {name: p.detach() for name, p in group}
+                yield list(revert_weight_conversion(model, named).items())
+
+    def export(self, folder: str, shard_bytes: int) -> None:
+        """Write the model in Hugging Face's format (safetensors, checkpoint names); rank 0 writes."""
+        state: dict[str, Tensor] = {}
+        for group in self.named_weights(shard_bytes):
+            if self.rank == 0:
+                state.update({name: t.to("cpu", copy=True).contiguous() for name, t in group})
+        if self.rank == 0:
+            _save_pretrained(self.module.model, state, Path(folder))  # type: ignore[arg-type]
+        dist.barrier()
+
+
+def _groups(model: nn.Module, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Parameters in model order; a group closes once it passes ``limit`` bytes. Tied parameters occur once."""
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, p in model.named_parameters():
+        count = p.ds_numel if hasattr(p, "ds_numel") else p.numel()  # a ZeRO-3 shard has numel() 0
+        group.append((name, p))
+        size += count * p.element_size()
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _save_pretrained(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    limit, part, size = 4 << 30, {}, 0
+    parts: list[dict[str, Tensor]] = []
+    for name, tensor in state.items():
+        if part and size + tensor.nbytes > limit:
+            parts.append(part)
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    parts.append(part)
+    if len(parts) == 1:
+        save_file(parts[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for i, tensors in enumerate(parts, 1):
+        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+    import json
+
+    total = sum(t.nbytes for t in state.values())
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
+    (folder / "model.safetensors.index.json").write_text(text)

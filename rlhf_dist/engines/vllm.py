@@ -1,0 +1,239 @@
+"""One vLLM engine: requests in, finished samples out, verified weight updates between two steps.
+
+vLLM runs inside this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so the
+caller owns the step loop: a weight update happens between two steps, and
+nothing can be sampled while it does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# Thread counts come from OMP_NUM_THREADS (see actors.group); vLLM's binding asks for one NUMA node per worker.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.sampling_params import RequestOutputKind
+
+from rlhf_dist.config import GeneratorConfig, ModelConfig, RolloutConfig, WeightSyncConfig
+from rlhf_dist.engines import weight_sync
+from rlhf_dist.engines.shards import Shard, WeightSyncError
+
+#: Largest difference of canary log-probabilities between learner and generator that a correct sync shows.
+#: float32: other kernels and orders of summation. bfloat16: 8 bits of mantissa through all layers.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+#: Version of weights that came from a checkpoint instead of a learner.
+FROM_DISK = -1
+
+
+@dataclass
+class Sample:
+    """One finished response."""
+
+    group_id: int
+    sample_index: int
+    prompt_id: int
+    prompt_ids: np.ndarray
+    response_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    policy_version: int
+
+
+@dataclass
+class SyncRecord:
+    """What was verified in one weight update; all seconds are wall time."""
+
+    version: int
+    nbytes: int
+    tensors: int
+    load_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    canary_diff: float = float("nan")
+    """Largest difference of the canary's log-probabilities, learner against generator, new weights."""
+    canary_diff_old: float = float("nan")
+    """The same against the generator's previous weights: what a skipped load would show."""
+
+    @property
+    def canary_tells_apart(self) -> bool:
+        """Whether the canary could tell the new weights from the old ones (a tiny step may not be visible)."""
+        return self.canary_diff_old > 2 * self.canary_diff
+
+
+@dataclass
+class _Pending:
+    prompt_id: int
+    group_id: int
+    sample_index: int
+    prompt_ids: np.ndarray
+    version: int = field(default=FROM_DISK)
+
+
+class GeneratorEngine:
+    """vLLM behind four verbs: ``add``, ``step``, ``load``, ``canary``. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        model_path: str,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        generator: GeneratorConfig,
+        sync: WeightSyncConfig,
+        *,
+        stop_token_ids: list[int],
+        from_learner: bool,
+        seed: int,
+    ) -> None:
+        weight_sync.register()
+        self.dtype = model.dtype
+        self.transport = sync.transport
+        self.tolerance = sync.canary_tolerance or TOLERANCE[model.dtype]
+        self.rollout = rollout
+        self.stop_token_ids = stop_token_ids
+        self.version = FROM_DISK
+        self.staged = generator.tensor_parallel_size > 1
+        self._canary_old: np.ndarray | None = None
+        self._pending: dict[str, _Pending] = {}
+        self.llm = LLM(
+            model=model_path,
+            dtype=model.dtype,
+            # With a learner the weights start random and only a complete sync makes them right: what a sync leaves
+            # out cannot hide behind an equal tensor from disk.
+            load_format="dummy" if from_learner else "auto",
+            skip_tokenizer_init=not rollout.stop,
+            trust_remote_code=model.trust_remote_code,
+            max_model_len=rollout.max_prompt_length + rollout.max_response_length,
+            tensor_parallel_size=generator.tensor_parallel_size,
+            distributed_executor_backend="mp" if self.staged else None,
+            max_num_seqs=generator.max_num_seqs,
+            enforce_eager=generator.enforce_eager,
+            enable_prefix_caching=generator.enable_prefix_caching,
+            seed=seed,
+            disable_log_stats=True,
+            # Processed log-probabilities include the temperature, as the learner's do.
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=sync.transport),
+            **_memory(generator),
+        )
+        self.engine = self.llm.llm_engine
+        if sync.transport == weight_sync.BACKEND:
+            self.llm.init_weight_transfer_engine({"init_info": {}})
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._pending)
+
+    def add(
+        self, prompt_id: int, group_id: int, sample_index: int, prompt_ids: np.ndarray, seed: int, greedy: bool
+    ) -> None:
+        """Queue one sample. Equal seed, weights and prompt give equal tokens, whatever else is in the batch."""
+        request = f"{group_id}-{sample_index}"
+        params = SamplingParams(
+            temperature=0.0 if greedy else self.rollout.temperature,
+            top_p=1.0 if greedy else self.rollout.top_p,
+            top_k=0 if greedy else self.rollout.top_k,
+            max_tokens=self.rollout.max_response_length,
+            stop_token_ids=self.stop_token_ids,
+            stop=self.rollout.stop or None,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(self.rollout.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        # A cache entry of another version would mix policies inside one sample.
+        prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(self.version)}
+        self.engine.add_request(request, prompt, params)
+        self._pending[request] = _Pending(prompt_id, group_id, sample_index, prompt_ids, self.version)
+
+    def step(self) -> list[Sample]:
+        """Decode one token of every running request; returns the samples that finished."""
+        return [self._sample(out) for out in self.engine.step() if out.finished]
+
+    def _sample(self, out: Any) -> Sample:
+        pending = self._pending.pop(out.request_id)
+        completion = out.outputs[0]
+        return Sample(
+            group_id=pending.group_id,
+            sample_index=pending.sample_index,
+            prompt_id=pending.prompt_id,
+            prompt_ids=pending.prompt_ids,
+            response_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs.logprobs),
+            finish_reason=completion.finish_reason,
+            policy_version=pending.version,
+        )
+
+    def load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
+        """Load one version and pass the gate, or raise.
+
+        Args:
+            canary_ids: ``[C]`` tokens of the fixed canary prompt.
+            expected: ``[C - 1]`` the learner's log-probabilities of ``canary_ids[1:]`` at this version.
+
+        Raises:
+            WeightSyncError: names version and tensor, or the canary's difference.
+        """
+        if self._pending:
+            raise WeightSyncError(f"version {version} cannot be loaded while {len(self._pending)} requests are running")
+        started = time.perf_counter()
+        staged = weight_sync.StagedShards(shards) if self.staged else None
+        try:
+            self.llm.start_weight_update()
+            payload = {"version": version, "shards": staged.info if staged else shards}
+            self.llm.update_weights({"update_info": payload})
+            self.llm.finish_weight_update(weight_version=str(version))
+        finally:
+            if staged:
+                staged.release()
+        # Frees the cache of the old version; cache_salt keeps versions apart even where this cannot.
+        self.llm.reset_prefix_cache()
+        self.version = version
+        loaded = time.perf_counter()
+        record = SyncRecord(version, sum(s.nbytes for s in shards), sum(len(s.names) for s in shards))
+        self._gate(record, canary_ids, expected)
+        record.load_seconds = loaded - started
+        record.verify_seconds = time.perf_counter() - loaded
+        return record
+
+    def _gate(self, record: SyncRecord, canary_ids: np.ndarray, expected: np.ndarray) -> None:
+        if self.llm.get_weight_version() != str(record.version):
+            raise WeightSyncError(f"vLLM reports weights {self.llm.get_weight_version()}, expected {record.version}")
+        found = self.canary(canary_ids)
+        record.canary_diff = float(np.abs(found - expected).max())
+        if self._canary_old is not None:
+            record.canary_diff_old = float(np.abs(self._canary_old - expected).max())
+        if not record.canary_diff <= self.tolerance:  # also catches NaN
+            raise WeightSyncError(
+                f"canary of version {record.version}: log-probabilities of learner and generator differ by "
+                f"{record.canary_diff:.3g}, allowed are {self.tolerance:.3g} ({self.dtype})"
+            )
+        self._canary_old = found
+
+    def canary(self, token_ids: np.ndarray) -> np.ndarray:
+        """``[C - 1]`` log-probabilities of ``token_ids[1:]`` under the current weights."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"canary-{self.version}"}
+        self.engine.add_request("canary", prompt, params)
+        while True:
+            for out in self.engine.step():
+                if out.finished:
+                    wanted = token_ids[1:].tolist()
+                    return np.array(
+                        [p[t].logprob for p, t in zip(out.prompt_logprobs[1:], wanted, strict=True)], np.float32
+                    )
+
+
+def _memory(generator: GeneratorConfig) -> dict[str, Any]:
+    if generator.gpus:
+        return {"gpu_memory_utilization": generator.gpu_memory_utilization}
+    return {"kv_cache_memory_bytes": int(generator.kv_cache_gb * 2**30)}

@@ -1,0 +1,76 @@
+"""Figures of a set of samples: means, by group, best-of-n, and a few samples to read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rlhf_dist.data.batching import Ragged
+
+#: Samples that are kept for reading.
+SHOWN = 8
+
+
+def summarize(
+    table: pa.Table, prompts: pa.Table, tokenizer: Any, group_by: str | None, n_samples: int
+) -> dict[str, Any]:
+    """Summarise samples whose scores are joined in.
+
+    Args:
+        table: ``schema.ROLLOUT`` with ``score`` and ``score/NAME`` columns, sorted by group and sample.
+        prompts: ``schema.PROMPT``.
+        group_by: field of the source rows.
+        n_samples: samples per prompt.
+
+    Returns:
+        ``metrics``: mean ``reward`` (the weighted sum) and of every component and figure, ``kl`` per sample (if ``ref_logprobs`` is there),
+        ``response_length_mean``, ``truncated_rate``; ``std``; ``by_group``; ``best_of_n`` (means over the sample of
+        each prompt that the reward prefers); ``samples``.
+    """
+    scores = {"reward": table["score"].to_numpy()} if "score" in table.column_names else {}
+    parts = {c.removeprefix("score/"): table[c].to_numpy() for c in table.column_names if c.startswith("score/")}
+    # A reward of one component is that component; it need not be said twice.
+    scores |= {name: x for name, x in parts.items() if not ("reward" in scores and np.array_equal(x, scores["reward"]))}
+    metrics = {name: float(x.mean()) for name, x in scores.items()}
+    metrics["response_length_mean"] = float(Ragged.of(table, "response_ids").lengths.mean())
+    metrics["truncated_rate"] = float(
+        pc.mean(pc.equal(table["finish_reason"].cast(pa.string()), "length").cast(pa.float64())).as_py()
+    )
+    if "ref_logprobs" in table.column_names:
+        difference = Ragged.of(table, "rollout_logprobs").values - Ragged.of(table, "ref_logprobs").values
+        metrics["kl"] = float(difference.sum() / table.num_rows)
+    rows = table["prompt_id"].to_numpy()
+    fields = [json.loads(f) for f in prompts["fields"].take(pa.array(rows)).to_pylist()]
+    result: dict[str, Any] = {
+        "metrics": metrics,
+        "std": {name: float(x.std()) for name, x in scores.items()},
+        "by_group": {},
+        "best_of_n": {},
+        "samples": _samples(table, prompts, tokenizer, scores, n_samples),
+    }
+    if group_by is not None:
+        groups = np.array([str(f.get(group_by, "")) for f in fields])
+        for group in sorted(set(groups)):
+            result["by_group"][group] = {name: float(x[groups == group].mean()) for name, x in scores.items()}
+    if n_samples > 1 and "reward" in scores:
+        best = scores["reward"].reshape(-1, n_samples).argmax(1)
+        pick = np.arange(len(best)) * n_samples + best
+        result["best_of_n"] = {name: float(x[pick].mean()) for name, x in scores.items()}
+    return result
+
+
+def _samples(
+    table: pa.Table, prompts: pa.Table, tokenizer: Any, scores: dict[str, np.ndarray], n: int
+) -> list[dict[str, Any]]:
+    rows = np.arange(0, table.num_rows, n)[:SHOWN]
+    part = table.take(pa.array(rows))
+    texts = tokenizer.batch_decode(part["response_ids"].to_pylist(), skip_special_tokens=True)
+    asked = prompts["prompt"].take(part["prompt_id"]).to_pylist()
+    return [
+        {"prompt": p, "response": t, "scores": {name: round(float(x[r]), 4) for name, x in scores.items()}}
+        for p, t, r in zip(asked, texts, rows, strict=True)
+    ]

@@ -1,0 +1,60 @@
+"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rlhf_dist import __version__
+from rlhf_dist.config_io import ConfigError, dump, load
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 finished, 1 failed, 2 a mistake in config or data, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        cfg = load(args.config, args.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.print_config:
+        print(dump(cfg), end="")
+        return 0
+    if args.dry_run:
+        from rlhf_dist.planner import plan
+
+        return plan(cfg)
+    from rlhf_dist.recipes import RECIPES
+    from rlhf_dist.run import Run
+
+    try:
+        run = Run(cfg)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with run:
+        run.prepare()
+        RECIPES[cfg.recipe](run)
+        run.finish()
+    return run.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_dist.main",
+        description="Train language models from human feedback on Ray, vLLM and DeepSpeed. "
+        "Without arguments: the embedded miniature world, SFT -> reward model -> PPO, on two cores.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/ (default: the embedded one)")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check config and files, print sizes and placement, exit"
+    )
+    parser.add_argument("--version", action="version", version=f"rlhf_dist {__version__}")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override any key, e.g. train.steps=20")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Evaluation on held-out prompts: reward, the configured figures, KL, best-of-n, by group, samples to read.
+
+python -m rlhf_dist.main recipe=evaluate model.path=...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import ObjectRef
+
+from rlhf_dist.actors.data import load_table
+from rlhf_dist.actors.dispatch import generate
+from rlhf_dist.actors.experience import ExperienceGroup
+from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
+from rlhf_dist.recipes import groups
+from rlhf_dist.run import Run
+
+#: Group ids of evaluations begin here, so that their seeds never meet those of training.
+FIRST_GROUP = 1 << 40
+
+
+@dataclass
+class Evaluator:
+    """Samples the held-out prompts with the newest policy and scores them with everything that is there."""
+
+    run: Run
+    generators: groups.GeneratorGroup
+    experience: ExperienceGroup
+    reward: ScorerGroup | ShardedReward | None = None
+    reference: ReferenceGroup | ShardedReference | None = None
+    metrics: ScorerGroup | None = None
+    prompts: ObjectRef = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompts, report = load_table("prompts", self.run.cfg, self.run.tokenizer_dir, "test")
+        self.count = min(report["rows"], self.run.cfg.evaluation.prompts)
+
+    def __call__(self, stage: str, step: int) -> dict[str, Any]:
+        """Evaluate and put the figures under ``eval.STAGE`` into the summary; returns what ``summarize`` says."""
+        cfg = self.run.cfg.evaluation
+        result = self._sample(cfg.n_samples_per_prompt, greedy=False)
+        figures = {f"eval/{k}": v for k, v in result["metrics"].items()}
+        figures |= {f"eval/{k}_best_of_{cfg.n_samples_per_prompt}": v for k, v in result["best_of_n"].items()}
+        if cfg.greedy:
+            greedy = self._sample(1, greedy=True)["metrics"]
+            figures |= {f"eval/{k}_greedy": v for k, v in greedy.items() if k in result["std"]}
+        for name, value in figures.items():
+            self.run.summary.set(f"eval.{stage}.{name.removeprefix('eval/')}", value)
+        if result["by_group"]:
+            self.run.summary.set(f"eval.{stage}.by_group", result["by_group"])
+        self.run.log("eval", step, figures)
+        return result
+
+    def _sample(self, n: int, greedy: bool) -> dict[str, Any]:
+        ids = [(FIRST_GROUP + i, i) for i in range(self.count)]
+        rollouts = generate(self.generators.actors, self.prompts, ids, n, greedy)
+        columns = []
+        if self.reward is not None:
+            columns.append(self.reward.score(rollouts, self.prompts))
+        if self.metrics is not None:
+            columns.append(self.metrics.score(rollouts, self.prompts, with_sum=False))
+        if self.reference is not None:
+            columns.append(self.reference.logprobs(rollouts))
+        rollouts.wait(self.run.cfg.run.wait_limit)
+        return self.experience.summarize(rollouts, columns, self.prompts, self.run.cfg.evaluation.group_by, n)
+
+
+def evaluate(run: Run, model_path: str) -> None:
+    """Evaluate the policy in ``model_path`` as it is on disk."""
+    generators = groups.GeneratorGroup(run, model_path, from_learner=False)
+    experience = groups.experience(run)
+    metrics = groups.evaluation_metrics(run)
+    trained = any(c.model == "trained" for c in run.cfg.reward.components)
+    reward = None if trained else groups.reward(run, None)
+    started = {"generator": generators, "experience": experience, "reward": reward, "metrics": metrics}
+    run.start(**{name: group for name, group in started.items() if group is not None})
+    evaluator = Evaluator(run, generators, experience, reward=reward, metrics=metrics)
+    result = evaluator("policy", 0)
+    show(run, {"policy": result})
+    run.finish_stage()
+
+
+def show(run: Run, results: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of one or two policies side by side, the table by group, and some samples."""
+    stages = list(results)
+    names = sorted({k for s in stages for k in _figures(run, s)})
+    rows = [[n, *(_figures(run, s).get(n) for s in stages)] for n in names]
+    run.terminal.table("Held-out prompts", ["", *stages], rows)
+    by_group = {s: results[s]["by_group"] for s in stages}
+    if any(by_group.values()):
+        metric = run.cfg.evaluation.metrics[0].name if run.cfg.evaluation.metrics else "reward"
+        kinds = sorted({g for s in stages for g in by_group[s]})
+        table = [[g, *(by_group[s].get(g, {}).get(metric) for s in stages)] for g in kinds]
+        run.terminal.table(f"{metric} by {run.cfg.evaluation.group_by}", ["", *stages], table)
+    first, last = results[stages[0]]["samples"], results[stages[-1]]["samples"]
+    run.samples = [
+        {"prompt": a["prompt"], "before": a["response"], "after": b["response"],
+         "score_before": _score(a), "score_after": _score(b)}
+        for a, b in zip(first, last, strict=True)
+    ]  # fmt: skip
+    shown = run.samples[: run.cfg.evaluation.show_samples]
+    if shown:
+        run.terminal.samples("Samples", shown)
+
+
+def _figures(run: Run, stage: str) -> dict[str, Any]:
+    return {k: v for k, v in run.summary.get(f"eval.{stage}").items() if not isinstance(v, dict)}
+
+
+def _score(sample: dict[str, Any]) -> float | None:
+    """The evaluation's own figure where there is one, else the reward."""
+    return next(reversed(sample["scores"].values()), None)

@@ -1,0 +1,196 @@
+"""From the config to groups of actors: the one place where roles meet models and sizes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ray.actor import ActorHandle
+
+from rlhf_dist.actors.experience import ExperienceGroup
+from rlhf_dist.actors.generator import Generator
+from rlhf_dist.actors.group import Group, Resources
+from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec
+from rlhf_dist.actors.scorer import (
+    Reference,
+    ReferenceGroup,
+    ScorerGroup,
+    ShardedReference,
+    ShardedReward,
+    scorer_group,
+)
+from rlhf_dist.config import LearnerConfig, OptimConfig, ReplicaConfig, RewardComponent
+from rlhf_dist.run import Run
+
+
+class GeneratorGroup:
+    """The vLLM engines."""
+
+    def __init__(self, run: Run, model_path: str, from_learner: bool) -> None:
+        g = run.cfg.generator
+        # Calls of one engine overlap: a weight update comes in while a stream is open.
+        self.group = Group(
+            "generator",
+            Generator,
+            g.replicas,
+            Resources(g.cpus * g.tensor_parallel_size, g.gpus, g.resources),
+            lambda i: (i, model_path, run.cfg, [run.eos_id], from_learner),
+            strategy=run.cfg.cluster.placement,
+            seconds=run.cfg.run.startup_limit,
+            concurrency=4,
+        )
+
+    @property
+    def actors(self) -> list[ActorHandle]:
+        return self.group.actors
+
+    def wait_ready(self) -> None:
+        self.group.wait_ready()
+
+    def release(self) -> None:
+        self.group.release()
+
+
+def learner(
+    run: Run,
+    role: str,
+    model_path: str,
+    *,
+    head: Literal["policy", "scalar"],
+    objective: Literal["sft", "pairwise", "policy", "critic"] | None,
+    placement: LearnerConfig,
+    optim: OptimConfig | None,
+    micro_batch_tokens: int,
+    packing: bool = False,
+    total_steps: int = 1,
+) -> LearnerGroup:
+    """A DeepSpeed group that starts to load at once."""
+    cfg = run.cfg
+    spec = LearnerSpec(
+        role=role,
+        model_path=model_path,
+        head=head,
+        objective=objective,
+        model=cfg.model,
+        learner=placement,
+        optim=optim,
+        micro_batch_tokens=micro_batch_tokens,
+        packing=packing,
+        total_steps=total_steps,
+        temperature=cfg.rollout.temperature if objective != "sft" else 1.0,
+        algo=cfg.algo,
+        max_response_length=cfg.rollout.max_response_length,
+        shard_mb=cfg.weight_sync.shard_mb,
+        pad_id=run.pad_id,
+        # The canary and the token after it must fit into the generator's context.
+        canary_length=min(CANARY_LENGTH, cfg.rollout.max_prompt_length + cfg.rollout.max_response_length - 1),
+    )
+    return LearnerGroup(spec, cfg.cluster.placement, cfg.run.startup_limit).start()
+
+
+def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[LearnerGroup, LearnerGroup | None]:
+    """PPO's learners; the critic only where the estimator needs one."""
+    cfg = run.cfg
+    common = {"micro_batch_tokens": cfg.train.micro_batch_tokens, "packing": cfg.train.packing}
+    policy = learner(
+        run,
+        "policy",
+        model_path,
+        head="policy",
+        objective="policy",
+        placement=cfg.policy.learner,
+        optim=cfg.policy.optim,
+        total_steps=cfg.updates_per_step * (cfg.train.steps - cfg.critic.warmup_steps),
+        **common,
+    )
+    if not cfg.uses_critic:
+        return policy, None
+    critic = learner(
+        run,
+        "critic",
+        critic_path,
+        head="scalar",
+        objective="critic",
+        placement=cfg.critic.learner,
+        optim=cfg.critic.optim,
+        total_steps=cfg.updates_per_step * cfg.train.steps,
+        **common,
+    )
+    return policy, critic
+
+
+def reference(run: Run, model_path: str) -> ReferenceGroup | ShardedReference:
+    """The frozen initial policy."""
+    cfg, r = run.cfg, run.cfg.reference
+    if r.sharded:
+        return ShardedReference(_frozen(run, "reference", model_path, "policy", r))
+    arguments = (model_path, cfg.model, cfg.rollout.temperature, r.micro_batch_tokens, run.pad_id)
+    return ReferenceGroup(
+        Group(
+            "reference",
+            Reference,
+            r.replicas,
+            Resources(r.cpus, r.gpus, r.resources),
+            lambda _: arguments,
+            strategy=cfg.cluster.placement,
+            seconds=cfg.run.startup_limit,
+        )
+    )
+
+
+def reward(run: Run, reward_model_path: str | None) -> ScorerGroup | ShardedReward:
+    """The reward; ``model: trained`` stands for ``reward_model_path``."""
+    r = run.cfg.reward
+    components = [
+        c.model_copy(update={"model": reward_model_path}) if c.model == "trained" else c for c in r.components
+    ]
+    if r.sharded:
+        assert components[0].model is not None
+        return ShardedReward(_frozen(run, "reward", components[0].model, "scalar", r), components[0])
+    return _scorers(run, "reward", components, r)
+
+
+def evaluation_metrics(run: Run) -> ScorerGroup | None:
+    """The evaluation's own figures, as functions."""
+    metrics = run.cfg.evaluation.metrics
+    if not metrics:
+        return None
+    components = [RewardComponent(name=m.name, function=m.function, timeout=m.timeout) for m in metrics]
+    return _scorers(run, "metrics", components, ReplicaConfig(cpus=0))
+
+
+def experience(run: Run) -> ExperienceGroup:
+    """The process that joins a batch."""
+    cfg = run.cfg
+    folder = run.path("rollouts") if cfg.run.save_rollouts else None
+    return ExperienceGroup(
+        cfg.algo, cfg.reward, run.tokenizer_dir, folder, cfg.cluster.placement, cfg.run.startup_limit
+    )
+
+
+def _scorers(run: Run, role: str, components: list[RewardComponent], placement: ReplicaConfig) -> ScorerGroup:
+    return scorer_group(
+        role,
+        components,
+        run.cfg.model,
+        run.tokenizer_dir,
+        replicas=placement.replicas,
+        resources=Resources(placement.cpus, placement.gpus, placement.resources),
+        max_tokens=placement.micro_batch_tokens,
+        pad_id=run.pad_id,
+        strategy=run.cfg.cluster.placement,
+        seconds=run.cfg.run.startup_limit,
+    )
+
+
+def _frozen(run: Run, role: str, path: str, head: Literal["policy", "scalar"], r: ReplicaConfig) -> LearnerGroup:
+    placement = LearnerConfig(ranks=r.replicas, cpus=r.cpus, gpus=r.gpus, zero_stage=3, resources=r.resources)
+    return learner(
+        run,
+        role,
+        path,
+        head=head,
+        objective=None,
+        placement=placement,
+        optim=None,
+        micro_batch_tokens=r.micro_batch_tokens,
+    )

@@ -1,0 +1,54 @@
+"""The whole recipe in order: SFT, comparisons of its samples, reward model, PPO.
+
+    python -m rlhf_dist.main
+
+Source: Ouyang et al., 2203.02155.
+"""
+
+from __future__ import annotations
+
+from ray import ObjectRef
+
+from rlhf_dist.actors.data import concatenate, load_table
+from rlhf_dist.actors.dispatch import generate
+from rlhf_dist.recipes import groups
+from rlhf_dist.recipes.evaluate import FIRST_GROUP
+from rlhf_dist.recipes.ppo import ppo
+from rlhf_dist.recipes.reward_model import reward_model
+from rlhf_dist.recipes.sft import sft
+from rlhf_dist.run import Run
+
+#: Responses sampled for each prompt from which the embedded world makes pairs.
+SAMPLES_PER_PROMPT = 2
+
+
+def pipeline(run: Run) -> str:
+    """Returns the folder of the final policy."""
+    sft_path = sft(run, run.model_path)
+    sampled = sample_for_comparisons(run, sft_path) if needs_samples(run) else None
+    trains_reward = any(c.model == "trained" for c in run.cfg.reward.components)
+    reward_path = reward_model(run, sft_path, sampled) if trains_reward else None
+    return ppo(run, sft_path, reward_path)
+
+
+def needs_samples(run: Run) -> bool:
+    """Only the embedded world can label new samples; elsewhere comparisons come from the data."""
+    return run.cfg.data.format == "world" and run.cfg.data.world.sampled_pairs > 0
+
+
+def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:
+    """Responses of the SFT policy to training prompts; ``schema.ROLLOUT``."""
+    world = run.cfg.data.world
+    generators = groups.GeneratorGroup(run, policy_path, from_learner=False)
+    run.start(generator=generators)
+    prompts, report = load_table("prompts", run.cfg, run.tokenizer_dir, "train")
+    wanted = round(world.comparisons * world.sampled_pairs)
+    ids = [(2 * FIRST_GROUP + i, i) for i in range(min(wanted, report["rows"]))]
+    n = max(SAMPLES_PER_PROMPT, -(-SAMPLES_PER_PROMPT * wanted // len(ids)))
+    with run.terminal.stage("sampling comparisons", len(ids)) as bar:
+        rollouts = generate(generators.actors, prompts, ids, n).wait(run.cfg.run.wait_limit)
+        bar.update(
+            len(ids), {"samples": rollouts.samples, "tokens/s": rollouts.response_tokens / rollouts.generate_seconds}
+        )
+    run.finish_stage()
+    return concatenate([chunk.table for chunk in rollouts.chunks])

@@ -1,0 +1,84 @@
+"""The reward model: Bradley-Terry on comparisons, then accuracy on held-out ones.
+
+    python -m rlhf_dist.main recipe=reward_model model.path=...
+
+Source: Ouyang et al., 2203.02155; Bai et al., 2204.05862.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray import ObjectRef
+
+from rlhf_dist.actors.data import load_table
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.run import Run
+
+
+def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) -> str:
+    """Train from ``model_path``; returns the folder of the result, ``reward_model/`` in the run folder.
+
+    Args:
+        sampled: rollouts of the SFT policy, of which the embedded world makes a part of its pairs.
+    """
+    cfg = run.cfg.reward_model
+    table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", sampled)
+    run.note_rows("comparisons", report)
+    test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test")
+    run.note_rows("held-out comparisons", test_report)
+    learner = groups.learner(
+        run,
+        "reward_model",
+        cfg.path or model_path,
+        head="scalar",
+        objective="pairwise",
+        placement=cfg.learner,
+        optim=cfg.optim,
+        micro_batch_tokens=cfg.micro_batch_tokens,
+        packing=cfg.packing,
+        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
+    )
+    run.start(reward_model=learner)
+    supervised.train(run, "reward_model", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="accuracy")
+    run.summary.set("reward_model.comparisons", report["rows"])
+    report_accuracy(run, learner, test)
+    learner.export(run.path("reward_model"), run.tokenizer_dir)
+    run.collect_spans([learner.group])
+    run.finish_stage()
+    return run.path("reward_model")
+
+
+def report_accuracy(run: Run, learner: LearnerGroup, test: ObjectRef) -> None:
+    """Accuracy on held-out pairs, overall and by source, beside "the longer answer wins"."""
+    outcomes = learner.pair_outcomes(test)
+    pairs = longer_wins(ray.get(test)).append_column("correct", outcomes["correct"].cast(pa.float64()))
+    rows: list[list[Any]] = []
+    for source in ["all", *sorted(set(pairs["source"].to_pylist()))]:
+        part = pairs if source == "all" else pairs.filter(pc.equal(pairs["source"], source))
+        accuracy, baseline = pc.mean(part["correct"]).as_py(), pc.mean(part["longer_wins"]).as_py()
+        rows.append([source, part.num_rows, accuracy, baseline])
+        key = "" if source == "all" else f".by_source.{source.replace('.', '_') or 'unknown'}"
+        run.summary.set(f"reward_model{key}.accuracy", accuracy)
+        run.summary.set(f"reward_model{key}.longer_wins", baseline)
+        run.summary.set(f"reward_model{key}.pairs", part.num_rows)
+    if len(rows) == 2:  # one source only: its row says nothing new
+        rows.pop()
+    run.terminal.table("Reward model on held-out pairs", ["source", "pairs", "accuracy", "longer answer wins"], rows)
+
+
+def longer_wins(table: pa.Table) -> pa.Table:
+    """``source`` and ``longer_wins`` of every pair: 1 if the chosen side has more tokens, ½ if both have equally many.
+
+    Reads lengths alone, and none of the tokens.
+    """
+    chosen = pc.list_value_length(table["chosen_ids"])
+    rejected = pc.list_value_length(table["rejected_ids"])
+    ties = pc.multiply(pc.equal(chosen, rejected).cast(pa.float64()), 0.5)
+    return pa.table(
+        {"source": table["source"], "longer_wins": pc.add(pc.greater(chosen, rejected).cast(pa.float64()), ties)}
+    )

@@ -1,0 +1,37 @@
+"""Supervised finetuning: cross entropy on the responses of demonstrations.
+
+python -m rlhf_dist.main recipe=sft
+"""
+
+from __future__ import annotations
+
+from rlhf_dist.actors.data import load_table
+from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.run import Run
+
+
+def sft(run: Run, model_path: str) -> str:
+    """Finetune the model in ``model_path``; returns the folder of the result, ``sft/`` in the run folder."""
+    cfg = run.cfg.sft
+    table, report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "train")
+    run.note_rows("demonstrations", report)
+    learner = groups.learner(
+        run,
+        "sft",
+        model_path,
+        head="policy",
+        objective="sft",
+        placement=cfg.learner,
+        optim=cfg.optim,
+        micro_batch_tokens=cfg.micro_batch_tokens,
+        packing=cfg.packing,
+        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
+    )
+    run.start(sft=learner)
+    last = supervised.train(run, "sft", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="lr")
+    run.summary.set("sft.loss", last["loss"])
+    run.summary.set("sft.demonstrations", report["rows"])
+    learner.export(run.path("sft"), run.tokenizer_dir)
+    run.collect_spans([learner.group])
+    run.finish_stage()
+    return run.path("sft")

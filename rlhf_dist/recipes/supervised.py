@@ -1,0 +1,54 @@
+"""The loop that SFT and reward-model training share: minibatches over one table, a bar, a log."""
+
+from __future__ import annotations
+
+import time
+
+from ray import ObjectRef
+
+from rlhf_dist.actors.learner import LearnerGroup, PendingStats
+from rlhf_dist.data.prompts import minibatches
+from rlhf_dist.run import Run
+
+#: Optimizer steps that are sent to the ranks in one call.
+STEPS_PER_CALL = 10
+
+
+def total_steps(rows: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps for ``epochs`` passes over ``rows``; the last incomplete batch of a pass is left out.
+
+    Raises:
+        ValueError: fewer rows than one batch.
+    """
+    if rows < batch_size:
+        raise ValueError(f"only {rows} rows for a batch of {batch_size}: lower batch_size, or check the data")
+    return max(1, round(rows // batch_size * epochs))
+
+
+def train(
+    run: Run, stage: str, learner: LearnerGroup, table: ObjectRef, rows: int, batch_size: int, epochs: float, show: str
+) -> dict[str, float]:
+    """Train on ``table``; one call is always in flight while the next is queued. Returns the last call's means.
+
+    Args:
+        show: the metric beside the loss on the bar.
+    """
+    steps = total_steps(rows, batch_size, epochs)
+    batches = minibatches(rows, batch_size, steps, [run.cfg.seed])
+    calls = [batches[i : i + STEPS_PER_CALL] for i in range(0, steps, STEPS_PER_CALL)]
+    in_flight: list[PendingStats] = []
+    means: dict[str, float] = {}
+    done = 0
+    with run.terminal.stage(stage, steps) as bar:
+        started = time.monotonic()
+        for i, call in enumerate(calls):
+            in_flight.append(learner.update(table, call))
+            while len(in_flight) > 1 or (in_flight and i == len(calls) - 1):
+                results = in_flight.pop(0).steps()
+                for figures in results:
+                    done += 1
+                    run.log(stage, done, {f"train/{k}": v for k, v in figures.items()})
+                means = {k: sum(r[k] for r in results) / len(results) for k in results[0]}
+                rate = done * batch_size / (time.monotonic() - started)
+                bar.update(done, {"loss": means["loss"], show: means[show], "samples/s": rate})
+    return means

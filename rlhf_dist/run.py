@@ -1,0 +1,233 @@
+"""One run: its folder, its connection to Ray, its log, and a clean end whatever happens.
+
+Recipes get a :class:`Run` and say what to do; everything that every recipe
+needs is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from rlhf_dist import checkpoint
+from rlhf_dist.actors import group as actor_group
+from rlhf_dist.actors import waiting
+from rlhf_dist.actors.data import prepare_model
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.config import Config
+from rlhf_dist.config_io import dump
+from rlhf_dist.observability.logs import quiet_libraries
+from rlhf_dist.observability.metrics import MetricsWriter
+from rlhf_dist.observability.report import write_report
+from rlhf_dist.observability.summary import Summary
+from rlhf_dist.observability.terminal import Terminal
+from rlhf_dist.observability.trace import Trace
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; a BaseException, so that nothing on the way takes it for an error and goes on."""
+
+
+class Startable(Protocol):
+    """A group of actors: learners, generators, scorers."""
+
+    def wait_ready(self) -> Any: ...
+
+    def release(self) -> None: ...
+
+
+class Run:
+    """State of one run in the driver. Use as a context manager::
+
+        with Run(cfg) as run:
+            pipeline(run)
+
+    On the way out it releases every group, writes summary, trace and report,
+    and leaves no process behind; ``exit_code`` says how it ended.
+    """
+
+    def __init__(self, cfg: Config, terminal: Terminal | None = None) -> None:
+        self.cfg = cfg
+        self.terminal = terminal or Terminal()
+        self.folder = _new_folder(cfg)
+        self.summary = Summary()
+        self.trace = Trace()
+        self.steps_done = 0
+        self.exit_code = 0
+        self.joined = False
+        self.samples: list[dict[str, Any]] = []
+        self._groups: list[Startable] = []
+
+    def path(self, *parts: str) -> str:
+        """A path inside the run folder."""
+        return str(self.folder.joinpath(*parts))
+
+    def __enter__(self) -> Run:
+        quiet_libraries(self.path("logs", "driver.log"))
+        (self.folder / "config.yaml").write_text(dump(self.cfg))
+        self.metrics = MetricsWriter(
+            self.path("metrics.jsonl"), self.cfg.run.prometheus_port, self.cfg.run.prometheus_host
+        )
+        self.summary.set("recipe", self.cfg.recipe)
+        self.summary.set("rows_skipped", 0)
+        self.summary.write(self.path("summary.json"))
+        waiting.limit = self.cfg.run.wait_limit
+        self.terminal.title(f"rlhf_dist {self.cfg.recipe}: {self.cfg.description or self.folder.name}")
+        self.terminal.info(f"run folder {self.folder}")
+        self._connect()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
+        # A second signal must not stop the clean-up half-way.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        handled = error is None or self._explain(error)
+        self.summary.set("steps", self.steps_done)
+        # The files come first: when the whole process group was signalled, Ray is dying too, and may not answer.
+        self._write()
+        if self.joined:
+            self.finish_stage()
+        ray.shutdown()  # ends every process of a local cluster
+        self.terminal.info(f"{self.summary.get('status')}; report {self.folder / 'report.html'}")
+        return handled
+
+    def _write(self) -> None:
+        self.summary.write(self.path("summary.json"))
+        self.trace.write(self.path("trace.json"))
+        (self.folder / "samples.json").write_text(json.dumps(self.samples, indent=1))
+        self.metrics.close()
+        write_report(self.folder)
+
+    def _explain(self, error: BaseException) -> bool:
+        """Exit code, status and message for what ended the run."""
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            self.exit_code = 130
+            self.summary.finish("interrupted", str(error) or "Ctrl-C")
+            self.terminal.warn("interrupted: stopping all processes")
+            return True
+        with open(self.path("logs", "driver.log"), "a") as log:
+            log.write("".join(traceback.format_exception(error)))
+        expected = isinstance(error, (ValueError, FloatingPointError, waiting.WorkerFailed))
+        self.exit_code = 2 if isinstance(error, ValueError) else 1
+        self.summary.finish("failed", f"{type(error).__name__}: {error}")
+        self.terminal.error(f"{error}" if expected else f"{type(error).__name__}: {error}")
+        self.terminal.info(f"logs of all processes: {self.folder / 'logs'}")
+        return expected
+
+    def _connect(self) -> None:
+        """Join the cluster that is there, else start a local one."""
+        address = self.cfg.cluster.address or os.environ.get("RAY_ADDRESS")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": True}
+        self.joined = bool(address)
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            memory = self.cfg.cluster.object_store_mb
+            ray.init(
+                address="local",
+                num_cpus=self.cfg.cluster.local_cpus,
+                object_store_memory=memory * 2**20 if memory else None,
+                include_dashboard=False,
+                **quiet,
+            )
+            actor_group.log_dir = self.path("logs")
+        # ray.init installs its own handler for SIGTERM, so ours comes after it.
+        signal.signal(signal.SIGTERM, _interrupt)
+        resources = ray.cluster_resources()
+        where = f"joined the cluster at {address}" if address else "started a local cluster"
+        gpus = f", {resources['GPU']:g} GPUs" if resources.get("GPU") else ""
+        self.terminal.info(f"Ray {ray.__version__}: {where}, {resources.get('CPU', 0):g} CPUs{gpus}")
+
+    def prepare(self) -> None:
+        """Tokenizer and initial model; sets ``tokenizer_dir``, ``model_path``, ``eos_id`` and ``pad_id``."""
+        self.model = prepare_model(self.cfg, str(self.folder))
+        self.tokenizer_dir: str = self.model["tokenizer_dir"]
+        self.model_path: str = self.model["model_path"]
+        self.eos_id: int = self.model["eos_token_id"]
+        self.pad_id: int = self.model["pad_token_id"] or 0
+        self.note_rows("tokenizer", self.model)
+        if "parameters" in self.model:
+            self.terminal.info(
+                f"built a model of {self.model['parameters']:,} parameters, vocabulary {self.model['vocab_size']}"
+            )
+
+    def note_rows(self, what: str, report: dict[str, Any]) -> None:
+        """Report what a reader left out: on the terminal, and in ``rows_skipped``."""
+        if report.get("skipped"):
+            self.summary.set("rows_skipped", self.summary.get("rows_skipped") + report["skipped"])
+            self.terminal.warn(f"{what}: {report['skipped']} faulty rows skipped, the first: {report['messages'][0]}")
+        if report.get("too_long"):
+            self.terminal.info(f"{what}: {report['too_long']} rows left out, longer than the limit")
+
+    def start(self, **groups: Startable) -> None:
+        """Wait for groups whose processes are starting side by side, and show who is up."""
+        self._groups += groups.values()
+        with self.terminal.starting(dict.fromkeys(groups, 1)) as starting:
+            for name, group in groups.items():
+                group.wait_ready()
+                starting.ready(name)
+
+    def finish_stage(self) -> None:
+        """Release every group that was started."""
+        for group in self._groups:
+            with contextlib.suppress(Exception):  # a dead actor cannot be released twice
+                group.release()
+        self._groups.clear()
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Figures of one step: metrics.jsonl and Prometheus."""
+        self.metrics.log(step, stage, metrics)
+
+    def steps(self) -> Iterator[int]:
+        """PPO steps, from 1."""
+        for step in range(1, self.cfg.train.steps + 1):
+            yield step
+            self.steps_done = step
+
+    def collect_spans(self, groups: Sequence[actor_group.Group]) -> None:
+        """Fetch the traces of some groups."""
+        for group in groups:
+            self.trace.add(group.spans())
+
+    def checkpoint_if_due(self, step: int, policy: LearnerGroup) -> None:
+        """Export the policy every ``run.checkpoint_every`` steps; complete or absent."""
+        every = self.cfg.run.checkpoint_every
+        if not every or step % every:
+            return
+        root = self.folder / "checkpoints"
+        folder = root / f"step_{step:06d}"
+        policy.export(str(folder / "policy"), self.tokenizer_dir)
+        checkpoint.seal(folder, {"step": step, "policy_version": step})
+        checkpoint.prune(root, self.cfg.run.keep_last)
+
+    def finish(self) -> None:
+        self.summary.finish("finished")
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
+def _new_folder(cfg: Config) -> Path:
+    root = Path(cfg.run.root)
+    if cfg.run.name is not None:
+        folder = root / cfg.run.name
+        if (folder / "summary.json").exists():
+            raise ValueError(f"run.name={cfg.run.name}: {folder} holds a run already; choose another name or remove it")
+    else:
+        stem = f"{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        candidates = [root / stem, *(root / f"{stem}-{i}" for i in range(2, 100))]
+        folder = next(c for c in candidates if not c.exists())
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    return folder.resolve()

@@ -1,0 +1,143 @@
+"""Arrow schemas of everything that travels between processes.
+
+One row of a rollout table is one sample. The generator makes the columns of
+``ROLLOUT``; every later stage returns a table of *new* columns for the same
+rows, and :func:`with_columns` puts them beside the old ones without a copy.
+
+Ragged columns are Arrow lists. Columns of the response (``*_logprobs``,
+``values``, ``advantages`` ...) have exactly one element per response token.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+_ids = pa.list_(pa.int32())
+_floats = pa.list_(pa.float32())
+
+#: Tokenized prompts. ``fields`` is the source row as JSON: reward functions and tables by group read it.
+PROMPT = pa.schema(
+    [
+        ("prompt_id", pa.int64()),
+        ("prompt_ids", _ids),
+        ("prompt", pa.string()),
+        ("fields", pa.string()),
+    ]
+)
+
+#: Tokenized demonstrations (SFT). The loss is on ``response_ids`` only.
+DEMONSTRATION = pa.schema([("prompt_ids", _ids), ("response_ids", _ids)])
+
+#: Tokenized comparisons (reward model). ``margin`` is 0 where none is given.
+COMPARISON = pa.schema(
+    [
+        ("prompt_ids", _ids),
+        ("chosen_ids", _ids),
+        ("rejected_ids", _ids),
+        ("margin", pa.float32()),
+        ("source", pa.string()),
+    ]
+)
+
+#: What the generator returns for each sample.
+ROLLOUT = pa.schema(
+    [
+        ("prompt_id", pa.int64()),
+        ("group_id", pa.int64()),
+        ("sample_index", pa.int32()),
+        ("prompt_ids", _ids),
+        ("response_ids", _ids),
+        ("rollout_logprobs", _floats),
+        ("policy_version", pa.list_(pa.int32())),
+        ("finish_reason", pa.dictionary(pa.int32(), pa.string())),
+        # Arrow's bool is packed in bits and cannot be read without a copy.
+        ("response_mask", pa.list_(pa.uint8())),
+    ]
+)
+
+#: Columns added by later stages. Reward components add ``score/NAME`` beside ``score``.
+STAGE_COLUMNS: dict[str, pa.DataType] = {
+    "score": pa.float32(),
+    "ref_logprobs": _floats,
+    "old_logprobs": _floats,
+    "values": _floats,
+    "rewards": _floats,
+    "advantages": _floats,
+    "returns": _floats,
+}
+
+#: What the learners read in ``update``.
+EXPERIENCE = pa.schema(
+    [
+        *ROLLOUT,
+        ("score", pa.float32()),
+        *[(name, _floats) for name in ("old_logprobs", "rewards", "advantages", "returns")],
+    ]
+)
+
+#: Columns with one element per response token.
+PER_TOKEN = (
+    "rollout_logprobs",
+    "policy_version",
+    "response_mask",
+    "ref_logprobs",
+    "old_logprobs",
+    "values",
+    "rewards",
+    "advantages",
+    "returns",
+)
+
+
+def check(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """Return ``table`` if it holds every column of ``schema`` with its type; extra columns are allowed.
+
+    Raises:
+        ValueError: names the column, its type and the expected type, or the row
+            of a per-token column whose length differs from ``response_ids``.
+    """
+    for field in schema:
+        if field.name not in table.column_names:
+            raise ValueError(f"{where}: column {field.name!r} is missing; the table has {table.column_names}")
+        found = table.schema.field(field.name).type
+        if found != field.type:
+            raise ValueError(f"{where}: column {field.name!r} has type {found}, expected {field.type}")
+        if table[field.name].null_count:
+            raise ValueError(f"{where}: column {field.name!r} has {table[field.name].null_count} null values")
+    if "response_ids" in table.column_names:
+        _check_token_lengths(table, where)
+    return table
+
+
+def _check_token_lengths(table: pa.Table, where: str) -> None:
+    import pyarrow.compute as pc
+
+    expected = pc.list_value_length(table["response_ids"])
+    for name in PER_TOKEN:
+        if name not in table.column_names:
+            continue
+        differs = pc.not_equal(pc.list_value_length(table[name]), expected)
+        if pc.any(differs).as_py():
+            row = pc.index(differs, True).as_py()
+            raise ValueError(
+                f"{where}: column {name!r} has {len(table[name][row])} elements in row {row}, "
+                f"but response_ids has {len(table['response_ids'][row])}"
+            )
+
+
+def with_columns(table: pa.Table, columns: pa.Table, where: str) -> pa.Table:
+    """``table`` with the columns of ``columns`` added; both have the same rows in the same order. No copy.
+
+    Raises:
+        ValueError: if the row counts differ, a column exists already, or has the wrong type.
+    """
+    if columns.num_rows != table.num_rows:
+        raise ValueError(f"{where}: got {columns.num_rows} rows for a table of {table.num_rows}")
+    for field in columns.schema:
+        if field.name in table.column_names:
+            raise ValueError(f"{where}: column {field.name!r} exists already")
+        expected = STAGE_COLUMNS.get(field.name.split("/")[0])
+        if expected is not None and field.type != expected:
+            raise ValueError(f"{where}: column {field.name!r} has type {field.type}, expected {expected}")
+        table = table.append_column(field, columns[field.name])
+    return table
