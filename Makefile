@@ -9,7 +9,8 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 
 # The extras of the last set-up stay in force, so that `make test` on a GPU machine does not bring the CPU build back.
 INSTALLED := $(shell cat $(VENV)/.extras 2>/dev/null)
-EXTRAS    ?= $(or $(INSTALLED),cpu,dev)
+DEFAULTS  := cpu,dev
+EXTRAS    ?= $(or $(INSTALLED),$(DEFAULTS))
 TORCH_CPU       := torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -66,6 +67,7 @@ $(STAMP): pyproject.toml
 	@command -v c++ g++ clang++ >/dev/null || { \
 	    echo "error: a C++ compiler (g++ or clang++) is needed; vLLM compiles kernels with it" >&2; exit 1; }
 	@test -x $(PY) || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "$(EXTRAS)" > $(VENV)/.extras
 	@case ",$(EXTRAS)," in *,cpu,*) \
 	    echo "installing $(TORCH_CPU)"; \
 	    $(PIP) install -qq "$(TORCH_CPU)" 2>/dev/null || { \
@@ -79,6 +81,5 @@ $(STAMP): pyproject.toml
 	        $(PIP) uninstall -qq -y $$package; \
 	    fi; \
 	done
-	@echo "$(EXTRAS)" > $(VENV)/.extras
 	@touch $(STAMP)
 	@echo "$(VENV) is ready"

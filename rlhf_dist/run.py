@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import ray
 
-from rlhf_dist import checkpoint
+from rlhf_dist import checkpoint, planner
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors import waiting
 from rlhf_dist.actors.data import prepare_model
@@ -145,6 +145,8 @@ class Run:
         # ray.init installs its own handler for SIGTERM, so ours comes after it.
         signal.signal(signal.SIGTERM, _interrupt)
         resources = ray.cluster_resources()
+        if not address:  # a cluster that was joined may be busy now, or grow
+            planner.check_fits(self.cfg, resources.get("CPU", 0), resources.get("GPU", 0))
         where = f"joined the cluster at {address}" if address else "started a local cluster"
         gpus = f", {resources['GPU']:g} GPUs" if resources.get("GPU") else ""
         self.terminal.info(f"Ray {ray.__version__}: {where}, {resources.get('CPU', 0):g} CPUs{gpus}")

@@ -144,6 +144,7 @@ def estimate_advantages(
     """
     import torch
 
+    from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS
     from rlhf_dist.algorithms import advantages as adv
     from rlhf_dist.algorithms.kl import kl_estimate, token_rewards
 
@@ -176,7 +177,8 @@ def estimate_advantages(
     values = padded("values") if "values" in table.column_names else None
     advantages, returns = _estimate(algo, rewards, values, mask, group_id)
     metrics |= _figures(table, scores, shaped, truncated, lengths, mask, old, padded("rollout_logprobs"))
-    metrics["rollout/zero_std_groups"] = float(adv.zero_std_groups(scores, group_id))
+    if algo.advantage_estimator in ADVANTAGE_ESTIMATORS:
+        metrics["rollout/zero_std_groups"] = float(adv.zero_std_groups(scores, group_id))
     columns = {
         name: Ragged.to_arrow(x[present].float().numpy(), lengths).cast(pa.list_(pa.float32()))
         for name, x in (("rewards", rewards), ("advantages", advantages), ("returns", returns))
@@ -188,6 +190,7 @@ def estimate_advantages(
 
 def _estimate(algo: AlgoConfig, rewards: Any, values: Any, mask: Any, group_id: Any) -> tuple[Any, Any]:
     """``(advantages, returns)``, each ``[B, T]``. Group estimators compare the samples' total rewards."""
+    from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS
     from rlhf_dist.algorithms import advantages as adv
 
     if algo.advantage_estimator == "gae":
@@ -196,8 +199,8 @@ def _estimate(algo: AlgoConfig, rewards: Any, values: Any, mask: Any, group_id: 
     if algo.advantage_estimator == "reinforce":
         returns = adv.reward_to_go(rewards, mask, algo.gamma)
         return (adv.whiten(returns, mask) if algo.whiten_advantages else returns), returns
-    estimator = {"rloo": adv.rloo, "grpo": adv.grpo, "dr_grpo": adv.dr_grpo}[algo.advantage_estimator]
     totals = rewards.sum(1)
+    estimator = ADVANTAGE_ESTIMATORS[algo.advantage_estimator]
     return adv.broadcast(estimator(totals, group_id), mask), adv.broadcast(totals, mask)
 
 

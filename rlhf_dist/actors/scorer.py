@@ -196,7 +196,8 @@ class _FunctionProcess:
             return future.result()
         except TimeoutError:
             raise ValueError(
-                f"reward {self.name!r}: {self.function} took longer than {self.timeout:g} s for {len(texts.prompts)} samples"
+                f"reward {self.name!r}: {self.function} took longer than {self.timeout:g} s "
+                f"for {len(texts.prompts)} samples"
             ) from None
         except Exception as error:
             raise ValueError(f"reward {self.name!r}: {self.function} raised {type(error).__name__}: {error}") from error

@@ -27,9 +27,10 @@ def summarize(
         n_samples: samples per prompt.
 
     Returns:
-        ``metrics``: mean ``reward`` (the weighted sum) and of every component and figure, ``kl`` per sample (if ``ref_logprobs`` is there),
-        ``response_length_mean``, ``truncated_rate``; ``std``; ``by_group``; ``best_of_n`` (means over the sample of
-        each prompt that the reward prefers); ``samples``.
+        ``metrics``: mean ``reward`` (the weighted sum) and of every component and figure; ``response_length_mean``,
+        ``truncated_rate``, ``distinct_2``; with ``ref_logprobs`` also ``kl`` per sample and ``ref_perplexity``, of the
+        samples under the reference. ``std``; ``by_group``; ``best_of_n`` (means over the sample of each prompt that the
+        reward prefers); ``samples``.
     """
     scores = {"reward": table["score"].to_numpy()} if "score" in table.column_names else {}
     parts = {c.removeprefix("score/"): table[c].to_numpy() for c in table.column_names if c.startswith("score/")}
@@ -40,7 +41,9 @@ def summarize(
     metrics["truncated_rate"] = float(
         pc.mean(pc.equal(table["finish_reason"].cast(pa.string()), "length").cast(pa.float64())).as_py()
     )
+    metrics["distinct_2"] = distinct_bigrams(Ragged.of(table, "response_ids"))
     if "ref_logprobs" in table.column_names:
+        metrics["ref_perplexity"] = float(np.exp(-Ragged.of(table, "ref_logprobs").values.mean()))
         difference = Ragged.of(table, "rollout_logprobs").values - Ragged.of(table, "ref_logprobs").values
         metrics["kl"] = float(difference.sum() / table.num_rows)
     rows = table["prompt_id"].to_numpy()
@@ -61,6 +64,18 @@ def summarize(
         pick = np.arange(len(best)) * n_samples + best
         result["best_of_n"] = {name: float(x[pick].mean()) for name, x in scores.items()}
     return result
+
+
+def distinct_bigrams(responses: Ragged) -> float:
+    """distinct-2 (Li et al., 1510.03055): different pairs of neighbouring tokens, as a share of all pairs.
+
+    Depends on how much text there is; compare sets of equal size only.
+    """
+    ids, n = responses.values.astype(np.int64), len(responses.values)
+    inside = np.ones(max(0, n - 1), bool)
+    inside[responses.offsets[1:-1] - 1] = False  # a pair that spans two responses
+    pairs = (ids[:-1] << 32 | ids[1:])[inside]
+    return len(np.unique(pairs)) / len(pairs) if len(pairs) else 0.0
 
 
 def _samples(

@@ -19,7 +19,7 @@ from rlhf_dist.recipes.sft import sft
 from rlhf_dist.run import Run
 
 #: Responses sampled for each prompt from which the embedded world makes pairs.
-SAMPLES_PER_PROMPT = 2
+SAMPLES_PER_PROMPT = 4
 
 
 def pipeline(run: Run) -> str:
@@ -44,9 +44,8 @@ def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:
     prompts, report = load_table("prompts", run.cfg, run.tokenizer_dir, "train")
     wanted = round(world.comparisons * world.sampled_pairs)
     ids = [(2 * FIRST_GROUP + i, i) for i in range(min(wanted, report["rows"]))]
-    n = max(SAMPLES_PER_PROMPT, -(-SAMPLES_PER_PROMPT * wanted // len(ids)))
     with run.terminal.stage("sampling comparisons", len(ids)) as bar:
-        rollouts = generate(generators.actors, prompts, ids, n).wait(run.cfg.run.wait_limit)
+        rollouts = generate(generators.actors, prompts, ids, SAMPLES_PER_PROMPT).wait(run.cfg.run.wait_limit)
         bar.update(
             len(ids), {"samples": rollouts.samples, "tokens/s": rollouts.response_tokens / rollouts.generate_seconds}
         )

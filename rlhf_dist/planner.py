@@ -1,0 +1,187 @@
+"""``--dry-run``: what a config means, before anything is loaded. Resolves, checks files, prints, exits.
+
+Also used at the start of a run on a local cluster, so that a placement that
+cannot fit is refused in a second instead of waited for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_dist.config import Config, LearnerConfig
+from rlhf_dist.observability.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Role:
+    """One group of processes of a stage."""
+
+    stage: str
+    role: str
+    processes: int
+    cpus: float
+    """Of each process."""
+    gpus: float
+    what: str
+
+
+def roles(cfg: Config) -> list[Role]:
+    """Every process of every stage; stages run one after the other."""
+    plan: list[Role] = []
+    generator = _generator(cfg)
+    if cfg.recipe in ("sft", "pipeline"):
+        plan.append(_learner("sft", "sft", cfg.sft.learner))
+    if cfg.recipe == "pipeline" and cfg.data.format == "world" and cfg.data.world.sampled_pairs > 0:
+        plan.append(Role("sampling", *generator))
+    trained = any(c.model == "trained" for c in cfg.reward.components)
+    if cfg.recipe == "reward_model" or (cfg.recipe == "pipeline" and trained):
+        plan.append(_learner("reward_model", "reward_model", cfg.reward_model.learner))
+    if cfg.runs_ppo:
+        plan.append(_learner("ppo", "policy", cfg.policy.learner))
+        if cfg.uses_critic:
+            plan.append(_learner("ppo", "critic", cfg.critic.learner))
+        plan.append(Role("ppo", *generator))
+        r = cfg.reward
+        plan.append(
+            Role(
+                "ppo",
+                "reward",
+                r.replicas,
+                r.cpus,
+                r.gpus,
+                " + ".join(_component(cfg, i) for i in range(len(r.components))),
+            )
+        )
+        if cfg.uses_reference:
+            f = cfg.reference
+            plan.append(
+                Role("ppo", "reference", f.replicas, f.cpus, f.gpus, "one ZeRO-3 group" if f.sharded else "replicas")
+            )
+    if cfg.recipe == "evaluate":
+        plan.append(Role("evaluate", *generator))
+        if not trained:
+            r = cfg.reward
+            plan.append(Role("evaluate", "reward", r.replicas, r.cpus, r.gpus, ""))
+    return plan
+
+
+def check_fits(cfg: Config, cpus: float, gpus: float) -> None:
+    """Raises ValueError if the groups of a stage need more than the cluster has, all of them being up at once."""
+    for stage in dict.fromkeys(r.stage for r in roles(cfg)):
+        parts = [r for r in roles(cfg) if r.stage == stage]
+        for name, have, need in (
+            ("CPUs", cpus, sum(r.processes * r.cpus for r in parts)),
+            ("GPUs", gpus, sum(r.processes * r.gpus for r in parts)),
+        ):
+            if need > have + 1e-6:
+                each = ", ".join(f"{r.role} {r.processes}x{r.cpus if name == 'CPUs' else r.gpus:g}" for r in parts)
+                raise ValueError(
+                    f"stage {stage} needs {need:g} {name} ({each}), but the cluster has {have:g}. Lower the cpus or "
+                    "gpus of the groups (fractions are allowed), use fewer processes, or join a larger cluster"
+                )
+
+
+def check_files(cfg: Config) -> list[str]:
+    """Problems with files and functions that the config names; empty if there are none."""
+    problems = []
+    models = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer, "critic.path": cfg.critic.path}
+    models |= {
+        f"reward.components[{i}].model": c.model for i, c in enumerate(cfg.reward.components) if c.model != "trained"
+    }
+    models["reward_model.path"] = cfg.reward_model.path
+    for key, path in models.items():
+        if path and _is_folder_name(path) and not (Path(path).expanduser() / "config.json").is_file():
+            problems.append(f"{key}={path}: no folder with a config.json there")
+    for key, name in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
+        folder = cfg.data.dir or ""
+        if (
+            name
+            and not name.startswith("hub:")
+            and not folder.startswith("hub:")
+            and not (Path(folder) / name).is_file()
+        ):
+            problems.append(f"{key}={name}: no such file in {folder or Path.cwd()}")
+    functions = [(f"reward.components[{i}].function", c.function) for i, c in enumerate(cfg.reward.components)]
+    functions += [(f"evaluation.metrics[{i}].function", m.function) for i, m in enumerate(cfg.evaluation.metrics)]
+    sys.path.insert(0, os.getcwd())
+    for key, function in functions:
+        if function and not _module_exists(function.partition(":")[0]):
+            problems.append(f"{key}={function}: no such module; it must be importable from {os.getcwd()} or installed")
+    return problems
+
+
+def plan(cfg: Config) -> int:
+    """Print the plan; exit code 0, or 2 if a file is missing."""
+    terminal = Terminal()
+    terminal.title(f"{cfg.recipe}: {cfg.description}" if cfg.description else cfg.recipe)
+    if cfg.runs_ppo:
+        terminal.table("One PPO step", ["", ""], _arithmetic(cfg))
+    rows = [
+        [r.stage, r.role, str(r.processes), f"{r.cpus:g}", f"{r.gpus:g}", str(_threads(r)), r.what] for r in roles(cfg)
+    ]
+    terminal.table("Processes", ["stage", "role", "processes", "CPUs each", "GPUs each", "threads", ""], rows)
+    for stage in dict.fromkeys(r.stage for r in roles(cfg)):
+        parts = [r for r in roles(cfg) if r.stage == stage]
+        cpus, gpus = (sum(r.processes * getattr(r, kind) for r in parts) for kind in ("cpus", "gpus"))
+        terminal.info(f"stage {stage} needs {cpus:g} CPUs and {gpus:g} GPUs")
+    problems = check_files(cfg)
+    for problem in problems:
+        terminal.error(problem)
+    if not problems:
+        terminal.info("files: all there")
+    return 2 if problems else 0
+
+
+def _arithmetic(cfg: Config) -> list[list[str]]:
+    r, t = cfg.rollout, cfg.train
+    samples = cfg.samples_per_step
+    longest = r.max_prompt_length + r.max_response_length
+    return [
+        ["prompts", f"{r.batch_size} (rollout.batch_size)"],
+        ["samples", f"{r.batch_size} x {r.n_samples_per_prompt} (rollout.n_samples_per_prompt) = {samples}"],
+        [
+            "optimizer steps",
+            f"{t.epochs} (train.epochs) x {samples} / {t.batch_size} (train.batch_size) = {cfg.updates_per_step}",
+        ],
+        ["tokens, at most", f"{samples} x ({r.max_prompt_length} + {r.max_response_length}) = {samples * longest:,}"],
+        [
+            "micro-batch of one rank",
+            f"{t.micro_batch_tokens:,} tokens: {max(1, t.micro_batch_tokens // longest)} samples or more",
+        ],
+        ["all steps", f"{t.steps} (train.steps) x {samples} = {t.steps * samples:,} samples"],
+    ]
+
+
+def _learner(stage: str, role: str, c: LearnerConfig) -> Role:
+    return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}")
+
+
+def _generator(cfg: Config) -> tuple[str, int, float, float, str]:
+    g = cfg.generator
+    tp = g.tensor_parallel_size
+    return "generator", g.replicas, g.cpus * tp, g.gpus, f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM"
+
+
+def _component(cfg: Config, i: int) -> str:
+    c = cfg.reward.components[i]
+    return f"{c.weight:g} * {c.model or c.function or c.url}" if c.weight != 1 else str(c.model or c.function or c.url)
+
+
+def _threads(role: Role) -> int:
+    return max(1, int(role.cpus))
+
+
+def _is_folder_name(path: str) -> bool:
+    """A hub name is ``owner/name``; everything else that is given must be a folder."""
+    return path.count("/") != 1 or path.startswith((".", "~", "/")) or Path(path).exists()
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

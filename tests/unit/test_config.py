@@ -1,0 +1,374 @@
+"""Configs: the shipped ones load, dump and load agree, overrides; every mistake has its one clear message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.config import Config, Section
+from rlhf_dist.config_io import EMBEDDED_DEFAULT, ConfigError, all_keys, dump, load
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ARCHITECTURE = "model: {architecture: {model_type: llama}}\n"
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def message(path: str | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    text = str(caught.value)
+    assert "Traceback" not in text
+    assert "pydantic" not in text
+    return text
+
+
+@pytest.mark.parametrize("file", [*SHIPPED, EMBEDDED_DEFAULT], ids=lambda file: file.name)
+def test_shipped_configs_load_and_survive_a_round_trip(file: Path, tmp_path: Path) -> None:
+    cfg = load(str(file))
+    assert cfg.description
+    assert load(write(tmp_path, dump(cfg))) == cfg
+
+
+def test_there_is_a_config_for_every_use() -> None:
+    names = {file.name for file in SHIPPED}
+    assert names >= {"hh_cpu.yaml", "stories_cpu.yaml", "gsm8k_grpo.yaml", "world_grpo.yaml", "world_two_ranks.yaml"}
+    assert names >= {"gpu_0.5b_1gpu.yaml", "gpu_8b_8gpu.yaml", "gpu_70b_multinode.yaml"}
+
+
+@pytest.mark.parametrize("file", [file for file in SHIPPED if file.name.startswith("gpu")], ids=lambda file: file.name)
+def test_gpu_configs_say_that_they_have_not_been_run(file: Path) -> None:
+    assert file.read_text().startswith("# NOT RUN YET")
+    assert load(str(file)).description.startswith("not run yet")
+
+
+@pytest.mark.parametrize(
+    "file", [EMBEDDED_DEFAULT, *(f for f in SHIPPED if not f.name.startswith("gpu"))], ids=lambda file: file.name
+)
+def test_cpu_configs_fit_two_cores(file: Path) -> None:
+    """All groups of PPO are up at once: their CPUs, and two helpers of 0.01 each, must not exceed two cores."""
+    cfg = load(str(file))
+    cpus = [cfg.policy.learner.ranks * cfg.policy.learner.cpus, cfg.reward.replicas * cfg.reward.cpus]
+    cpus.append(cfg.generator.replicas * cfg.generator.cpus * cfg.generator.tensor_parallel_size)
+    if cfg.uses_critic:
+        cpus.append(cfg.critic.learner.ranks * cfg.critic.learner.cpus)
+    if cfg.uses_reference:
+        cpus.append(cfg.reference.replicas * cfg.reference.cpus)
+    assert sum(cpus) <= 1.98
+    for stage in (cfg.sft.learner, cfg.reward_model.learner):
+        assert stage.ranks * stage.cpus <= 2
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:
+    file = write(tmp_path, ARCHITECTURE + "train: {steps: 5, batch_size: 16}\n")
+    cfg = load(file, ["train.steps=7", "train.steps=9", "rollout.stop=[a, b]", "data.dir=", "policy.optim.lr=3e-4"])
+    assert (cfg.train.steps, cfg.train.batch_size) == (9, 16)
+    assert cfg.rollout.stop == ["a", "b"]
+    assert cfg.data.dir is None
+    assert cfg.policy.optim.lr == 3e-4
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1E3", 1e3), (".5e-1", 0.05), ("2.0e-05", 2e-5)])
+def test_exponents_are_numbers(text: str, value: float, tmp_path: Path) -> None:
+    assert load(write(tmp_path, ARCHITECTURE + f"sft: {{optim: {{lr: {text}}}}}\n")).sft.optim.lr == value
+    assert load(None, [f"sft.optim.lr={text}"]).sft.optim.lr == value
+
+
+def test_an_empty_mapping_takes_back_what_the_file_says() -> None:
+    cfg = load(None, ["recipe=sft", "model.path=gpt2", "model.architecture={}"])
+    assert cfg.model.path == "gpt2"
+    assert cfg.model.architecture == {}
+
+
+def test_a_mapping_as_override_adds_to_the_section() -> None:
+    cfg = load(None, ["train={steps: 3}"])
+    assert cfg.train.steps == 3
+    assert cfg.train.batch_size == load().train.batch_size
+
+
+def test_the_shipped_data_folder_can_be_overridden() -> None:
+    hh = next(str(file) for file in SHIPPED if file.name == "hh_cpu.yaml")
+    assert load(hh).data.dir == "hub:Anthropic/hh-rlhf"
+    cfg = load(hh, ["data.dir=some/folder"])
+    assert (cfg.data.dir, cfg.data.train, cfg.data.test) == ("some/folder", "train.jsonl.gz", "test.jsonl.gz")
+
+
+def test_keys_are_documented_and_a_budget() -> None:
+    sections, todo = set(), [Config]
+    while todo:
+        section = todo.pop()
+        sections.add(section)
+        for field in section.model_fields.values():
+            for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+                if isinstance(candidate, type) and issubclass(candidate, Section) and candidate not in sections:
+                    todo.append(candidate)
+    leaves = [
+        (section.__name__, name)
+        for section in sections
+        for name, field in section.model_fields.items()
+        if field.description is None
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, Section))
+    ]
+    assert leaves == []
+    assert len(all_keys()) == len(set(all_keys()))
+
+
+# What is wrong in the file, and the whole message. {file} is the file's path.
+BROKEN_FILES = [
+    ("unknown key", "trian: {steps: 3}", "{file}: unknown key trian (value {{'steps': 3}}); did you mean train?"),
+    (
+        "unknown key in a section",
+        "rollout: {temprature: 0.7}",
+        "{file}: unknown key rollout.temprature (value 0.7); did you mean rollout.temperature?",
+    ),
+    ("key of another section", "kl_coef: 0.1", "{file}: unknown key kl_coef (value 0.1); did you mean algo.kl_coef?"),
+    ("nothing is near", "zzz: 1", "{file}: unknown key zzz (value 1); see --print-config for all keys"),
+    (
+        "unknown key two levels down",
+        "policy: {optim: {learning_rat: 1}}",
+        "{file}: unknown key policy.optim.learning_rat (value 1); see --print-config for all keys",
+    ),
+    (
+        "unknown key in a list",
+        "reward: {components: [{modle: trained}]}",
+        "{file}: unknown key reward.components.0.modle (value 'trained'); did you mean reward.components.0.model?",
+    ),
+    (
+        "wrong type",
+        "train: {steps: many}",
+        "{file}: train.steps = 'many': input should be a valid integer, unable to parse string as an integer",
+    ),
+    (
+        "a fraction of a step",
+        "train: {steps: 2.5}",
+        "{file}: train.steps = 2.5: input should be a valid integer, got a number with a fractional part",
+    ),
+    ("out of range", "train: {steps: 0}", "{file}: train.steps = 0: input should be greater than 0"),
+    ("share above 1", "algo: {gamma: 1.5}", "{file}: algo.gamma = 1.5: input should be less than or equal to 1"),
+    ("not a number", "sft: {optim: {lr: .nan}}", "{file}: sft.optim.lr = nan: input should be a finite number"),
+    ("infinite", "algo: {kl_coef: .inf}", "{file}: algo.kl_coef = inf: input should be a finite number"),
+    (
+        "no such choice",
+        "recipe: pppo",
+        "{file}: recipe = 'pppo': input should be 'sft', 'reward_model', 'ppo', 'pipeline' or 'evaluate'",
+    ),
+    (
+        "no such ZeRO stage",
+        "policy: {learner: {zero_stage: 0}}",
+        "{file}: policy.learner.zero_stage = 0: input should be 1, 2 or 3",
+    ),
+    (
+        "a section is a number",
+        "train: 3",
+        "{file}: train = 3: input should be a valid dictionary or instance of TrainConfig",
+    ),
+    ("a list is a string", "rollout: {stop: END}", "{file}: rollout.stop = 'END': input should be a valid list"),
+    (
+        "element of a list",
+        "policy: {optim: {betas: [0.9, 1.5]}}",
+        "{file}: policy.optim.betas.1 = 1.5: input should be less than or equal to 1",
+    ),
+    (
+        "no reward",
+        "reward: {components: []}",
+        "{file}: reward: components is empty: PPO needs a reward",
+    ),
+    (
+        "two sources of one component",
+        "reward: {components: [{model: a, url: 'http://b'}]}",
+        "{file}: reward.components.0: give exactly one of model, function, url; got ['model', 'url']",
+    ),
+    (
+        "function without a module",
+        "reward: {components: [{function: my_reward}]}",
+        "{file}: reward.components.0: function must read package.module:function, got 'my_reward'",
+    ),
+    (
+        "two components of one name",
+        "reward: {components: [{name: a, model: x}, {name: a, model: y}]}",
+        "{file}: reward: components must have different names, got ['a', 'a']",
+    ),
+    (
+        "offload without a GPU",
+        "critic: {learner: {offload_optimizer: true}}",
+        "{file}: critic.learner: offload_optimizer and offload_params move data off a GPU, but gpus is 0",
+    ),
+    (
+        "biased sampling",
+        "rollout: {top_p: 0.9}",
+        "{file}: rollout: top_p=0.9, top_k=0 sample from another distribution than the learner computes, which biases "
+        "the ratio; set rollout.allow_biased_sampling=true to accept that",
+    ),
+    (
+        "KL that teaches nothing",
+        "algo: {use_kl_loss: true}",
+        "{file}: algo: kl_estimator=k1 in the loss has an expected gradient of zero; use k2 or k3, "
+        "or use_kl_loss=false",
+    ),
+    (
+        "batch that does not divide",
+        "train: {batch_size: 48}",
+        "{file}: train.batch_size=48 does not divide the 64 samples of a step (rollout.batch_size=64 * "
+        "rollout.n_samples_per_prompt=1)",
+    ),
+    (
+        "groups of one",
+        "algo: {advantage_estimator: grpo}",
+        "{file}: algo.advantage_estimator=grpo compares samples of one prompt, but rollout.n_samples_per_prompt=1; "
+        "use 2 or more",
+    ),
+    (
+        "no data",
+        "data: {format: hh}",
+        "{file}: data.format is hh, but data.train is not given",
+    ),
+    (
+        "tensor parallelism without GPUs for it",
+        "generator: {gpus: 1, tensor_parallel_size: 2}",
+        "{file}: generator.gpus=1.0 is less than generator.tensor_parallel_size=2",
+    ),
+    (
+        "transport without GPUs",
+        "weight_sync: {transport: nccl}",
+        "{file}: weight_sync.transport=nccl needs GPUs in policy.learner and generator; on CPUs use object_store",
+    ),
+    (
+        "a key twice",
+        "train: {steps: 1}\ntrain: {steps: 2}",
+        "{file}, line 3: key 'train' is given twice",
+    ),
+    ("a key that is a number", "1: 2", "{file}, line 2: key 1 must be a string, got int; quote it"),
+    ("a key that is a list", "[a]: 2", "{file}, line 2: key ['a'] must be a string, got list; quote it"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), [c[1:] for c in BROKEN_FILES], ids=[c[0] for c in BROKEN_FILES])
+def test_a_broken_file(text: str, expected: str, tmp_path: Path) -> None:
+    file = write(tmp_path, ARCHITECTURE + text + "\n")
+    assert message(file) == expected.format(file=file)
+
+
+BROKEN_OVERRIDES = [
+    ("no value", "train.steps", "override 'train.steps' must read key.path=value, for example train.steps=20"),
+    ("no key", "=3", "override '=3' must read key.path=value, for example train.steps=20"),
+    ("a gap", "train..steps=3", "override 'train..steps=3' must read key.path=value, for example train.steps=20"),
+    (
+        "unknown",
+        "train.step=3",
+        "override 'train.step=3': unknown key train.step (value 3); did you mean train.steps?",
+    ),
+    (
+        "wrong type",
+        "rollout.temperature=hot",
+        "override 'rollout.temperature=hot': rollout.temperature = 'hot': input should be a valid number, unable to "
+        "parse string as a number",
+    ),
+    (
+        "below a value",
+        "train.steps.more=3",
+        "override 'train.steps.more=3': train.steps = {'more': 3}: input should be a valid integer",
+    ),
+    (
+        "element of a list",
+        "reward.components.0.weight=2",
+        "override 'reward.components.0.weight=2': reward.components = {'0': {'weight': 2}}: input should be a valid "
+        "list",
+    ),
+    (
+        "a key twice",
+        "train={steps: 1, steps: 2}",
+        "override 'train={steps: 1, steps: 2}', line 1: key 'steps' is given twice",
+    ),
+    (
+        "contradiction",
+        "train.batch_size=48",
+        "override 'train.batch_size=48': train.batch_size=48 does not divide the 128 samples of a step "
+        "(rollout.batch_size=128 * rollout.n_samples_per_prompt=1)",
+    ),
+    (
+        "nothing to train",
+        "model.architecture={}",
+        "override 'model.architecture={}': model.path and model.architecture are both empty: give a model, or say what "
+        "to build",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), [c[1:] for c in BROKEN_OVERRIDES], ids=[c[0] for c in BROKEN_OVERRIDES])
+def test_a_broken_override(text: str, expected: str) -> None:
+    assert message(None, text) == expected
+
+
+def test_an_override_that_is_not_yaml() -> None:
+    text = message(None, "rollout.stop=[a")
+    assert text.startswith("override 'rollout.stop=[a': the value is not valid YAML: ")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert message(missing) == f"cannot read config {missing}: No such file or directory"
+    assert message(str(tmp_path)) == f"cannot read config {tmp_path}: Is a directory"
+    (tmp_path / "c.yaml").write_bytes(b"train: \xff\xfe")
+    assert message(str(tmp_path / "c.yaml")) == f"cannot read config {tmp_path / 'c.yaml'}: not UTF-8 at byte 7"
+
+
+@pytest.mark.parametrize(
+    ("text", "where"), [("train: {steps: 3\n", "line 2"), ("a: b: c\n", "line 1"), ("train:\n\t- 1\n", "line 2")]
+)
+def test_a_file_that_is_not_yaml_is_named_with_its_line(text: str, where: str, tmp_path: Path) -> None:
+    file = write(tmp_path, text)
+    found = message(file)
+    assert found.startswith(f"config {file} is not valid YAML: ")
+    assert where in found
+
+
+def test_control_characters_and_other_shapes(tmp_path: Path) -> None:
+    file = write(tmp_path, "train: \x00")
+    assert message(file).startswith(f"config {file} is not valid YAML: ")
+    file = write(tmp_path, "- train\n")
+    assert message(file) == f"config {file}: expected a mapping at the top, got list"
+    file = write(tmp_path, "")
+    assert message(file) == (
+        f"{file}: model.path and model.architecture are both empty: give a model, or say what to build"
+    )
+
+
+def test_every_mistake_has_its_line_and_its_own_source(tmp_path: Path) -> None:
+    file = write(tmp_path, ARCHITECTURE + "train: {steps: -1}\nrun: {nmae: x}\n")
+    assert message(file, "seed=one").splitlines() == [
+        "override 'seed=one': seed = 'one': input should be a valid integer, unable to parse string as an integer",
+        f"{file}: unknown key run.nmae (value 'x'); did you mean run.name?",
+        f"{file}: train.steps = -1: input should be greater than 0",
+    ]
+
+
+def test_a_contradiction_is_blamed_on_the_source_that_made_it(tmp_path: Path) -> None:
+    file = write(tmp_path, ARCHITECTURE + "rollout: {top_p: 0.5, batch_size: 32}\n")
+    assert message(file, "rollout.max_prompt_length=8").startswith(f"{file}: rollout: top_p=0.5")
+    assert message(None, "seed=1", "rollout.top_p=0.5", "rollout.stop=[x]").startswith("override 'rollout.top_p=0.5': ")
+
+
+def test_long_values_are_cut(tmp_path: Path) -> None:
+    assert len(message(None, f"train.steps={'x' * 1000}")) < 1200  # the override itself is named in full
+    assert len(message(write(tmp_path, ARCHITECTURE + f"train: {{steps: {'x' * 1000}}}\n"))) < 300
+
+
+def test_reading_a_config_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'transformers', 'vllm', 'deepspeed', 'pyarrow', 'numpy'}"
+    code = f"import sys, rlhf_dist.config_io as c; c.load(); print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("argument", ["train.stepz=3", "train.steps"])
+def test_the_program_prints_one_message_and_exits_with_2(argument: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "rlhf_dist.main", argument], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"error: {message(None, argument)}\n"
