@@ -30,6 +30,7 @@ command -v ray >/dev/null || { echo "error: no 'ray' command; run 'make setup' f
 temp=$(mktemp -d /tmp/raylocal.XXXXXX)
 pids=()
 
+# shellcheck disable=SC2329
 stop() {
     trap '' INT TERM
     # By process id: `ray stop` would end every Ray process of the machine.
@@ -53,8 +54,21 @@ start_node() {
     pids+=($!)
 }
 
+fail() {
+    echo "error: $1:" >&2
+    for log in "$temp"/node*.log; do tail -n 5 "$log" >&2; done
+    exit 1
+}
+
+# Whether there is time left and no node has ended.
+starting() {
+    local pid
+    ((SECONDS < deadline)) || return 1
+    for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null || return 1; done
+}
+
 nodes_up() {
-    python - "$nodes" <<'PYTHON' 2>/dev/null
+    timeout 20 python - "$nodes" <<'PYTHON' 2>/dev/null
 import os, sys
 import ray
 ray.init(address=os.environ["RAY_ADDRESS"], logging_level="error", log_to_driver=False)
@@ -62,22 +76,25 @@ sys.exit(sum(node["Alive"] for node in ray.nodes()) != int(sys.argv[1]))
 PYTHON
 }
 
-export RAY_ADDRESS=127.0.0.1:$port
+# A token of its own: the cluster admits nobody else, and no other run on this machine can replace the token.
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ADDRESS=127.0.0.1:$port
+(exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && { echo "error: port $port is in use; choose another with -p" >&2; exit 1; }
+
 echo "starting $nodes Ray nodes of $cpus CPUs at $RAY_ADDRESS"
 start_node 0 --head --port="$port" --include-dashboard=false --ray-client-server-port=$((port + 99)) --temp-dir="$temp/ray"
-for ((attempt = 0; attempt < 60; attempt++)); do
-    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break
-    kill -0 "${pids[0]}" 2>/dev/null || { echo "error: the head node did not start:" >&2; cat "$temp/node0.log" >&2; exit 1; }
+deadline=$((SECONDS + 120))
+until (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    starting || fail "the head node did not start"
     sleep 0.5
 done
 for ((i = 1; i < nodes; i++)); do
     start_node "$i" --address="$RAY_ADDRESS"
 done
-for ((attempt = 0; attempt < 30; attempt++)); do
-    nodes_up && break
+until nodes_up; do
+    starting || fail "not all nodes joined"
     sleep 1
 done
-((attempt < 30)) || { echo "error: not all nodes joined:" >&2; tail -n 5 "$temp"/node*.log >&2; exit 1; }
 
 "$@" &
 command=$!

@@ -36,8 +36,10 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise ValueError(f"{folder} is no complete checkpoint: it has no {MANIFEST}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{folder / MANIFEST} is damaged: it lists no files")
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -562,7 +562,13 @@ class Config(Section):
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
-        if self.recipe == "ppo" and any(c.model == "trained" for c in self.reward.components):
+        trained = any(c.model == "trained" for c in self.reward.components)
+        if trained and self.data.format not in ("world", "hh", "preferences"):
+            raise ValueError(
+                f"reward.components: `model: trained` needs comparisons, and data.format={self.data.format} has none; "
+                "give a function, a url or the folder of a reward model"
+            )
+        if self.recipe == "ppo" and trained:
             raise ValueError(
                 "reward.components: `model: trained` is the reward model of a pipeline; recipe ppo trains none. "
                 "Give its folder"

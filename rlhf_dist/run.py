@@ -66,6 +66,7 @@ class Run:
         self.joined = False
         self.samples: list[dict[str, Any]] = []
         self._groups: list[Startable] = []
+        self._open = contextlib.ExitStack()
 
     def path(self, *parts: str) -> str:
         """A path inside the run folder."""
@@ -74,16 +75,13 @@ class Run:
     def __enter__(self) -> Run:
         quiet_libraries(self.path("logs", "driver.log"))
         (self.folder / "config.yaml").write_text(dump(self.cfg))
-        self.metrics = MetricsWriter(
-            self.path("metrics.jsonl"), self.cfg.run.prometheus_port, self.cfg.run.prometheus_host
-        )
         self.summary.set("recipe", self.cfg.recipe)
         self.summary.set("rows_skipped", 0)
         self.summary.write(self.path("summary.json"))
         waiting.limit = self.cfg.run.wait_limit
         self.terminal.title(f"rlhf_dist {self.cfg.recipe}: {self.cfg.description or self.folder.name}")
         self.terminal.info(f"run folder {self.folder}")
-        self._connect()
+        signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
@@ -104,7 +102,7 @@ class Run:
         self.summary.write(self.path("summary.json"))
         self.trace.write(self.path("trace.json"))
         (self.folder / "samples.json").write_text(json.dumps(self.samples, indent=1))
-        self.metrics.close()
+        self._open.close()
         write_report(self.folder)
 
     def _explain(self, error: BaseException) -> bool:
@@ -132,6 +130,9 @@ class Run:
         if address:
             ray.init(address=address, **quiet)
         else:
+            # On a cluster that was joined, files may be where the workers are.
+            if problems := planner.check_files(self.cfg):
+                raise ValueError("\n".join(problems))
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             memory = self.cfg.cluster.object_store_mb
             ray.init(
@@ -142,7 +143,7 @@ class Run:
                 **quiet,
             )
             actor_group.log_dir = self.path("logs")
-        # ray.init installs its own handler for SIGTERM, so ours comes after it.
+        # ray.init has put its own handler in the place of ours.
         signal.signal(signal.SIGTERM, _interrupt)
         resources = ray.cluster_resources()
         if not address:  # a cluster that was joined may be busy now, or grow
@@ -152,7 +153,13 @@ class Run:
         self.terminal.info(f"Ray {ray.__version__}: {where}, {resources.get('CPU', 0):g} CPUs{gpus}")
 
     def prepare(self) -> None:
-        """Tokenizer and initial model; sets ``tokenizer_dir``, ``model_path``, ``eos_id`` and ``pad_id``."""
+        """Metrics, Ray, tokenizer and initial model; sets ``tokenizer_dir``, ``model_path``, ``eos_id``, ``pad_id``."""
+        # Not in __enter__: what fails here must end in __exit__, with its message and a summary.
+        r = self.cfg.run
+        self.metrics = self._open.enter_context(
+            MetricsWriter(self.path("metrics.jsonl"), r.prometheus_port, r.prometheus_host)
+        )
+        self._connect()
         self.model = prepare_model(self.cfg, str(self.folder))
         self.tokenizer_dir: str = self.model["tokenizer_dir"]
         self.model_path: str = self.model["model_path"]

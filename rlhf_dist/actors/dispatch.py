@@ -20,9 +20,8 @@ from typing import Any
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 
-from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerFailed, from_task_error, wait_for
+from rlhf_dist.actors.waiting import WaitLimitExceeded, explained, wait_for
 from rlhf_dist.data.ledger import Ledger
 from rlhf_dist.data.prompts import PromptOrder
 
@@ -150,12 +149,8 @@ def _read(stream: Any, batch: RolloutBatch, who: str) -> None:
     try:
         for info in stream:  # yields info and table in turn
             batch.add(Chunk(ray.get(info), next(stream)))
-    except RayTaskError as error:
-        batch.fail(from_task_error(error, who))
-    except RayActorError as error:
-        batch.fail(WorkerFailed(f"{who}: the process died while generating. {str(error).splitlines()[0]}"))
-    except Exception as error:  # noqa: BLE001  (a background thread: its death must reach the run)
-        batch.fail(error)
+    except Exception as error:  # noqa: BLE001  (a background thread: whatever ends it must reach the run)
+        batch.fail(explained(error, who))
 
 
 class RolloutStream:

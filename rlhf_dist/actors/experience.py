@@ -6,8 +6,8 @@ a process of its own: the driver reads no tokens.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ class Experience(Worker):
             if algo.kl_target is not None
             else FixedKLController(algo.kl_coef)
         )
-        self._writing: threading.Thread | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
 
     def build(
         self, step: int, chunks: list[ObjectRef], stages: list[tuple[str, list[list[ObjectRef]]]], scale: ScoreScale
@@ -114,8 +115,7 @@ class Experience(Worker):
         if self.rollout_dir is None:
             return
         self.flush()
-        self._writing = threading.Thread(target=self._write_now, args=(self.rollout_dir, step, table))
-        self._writing.start()
+        self._writing = self._writer.submit(self._write_now, self.rollout_dir, step, table)
 
     def _write_now(self, folder: Path, step: int, table: pa.Table) -> None:
         import pyarrow.parquet as pq
@@ -129,9 +129,9 @@ class Experience(Worker):
         path.with_suffix(".tmp").rename(path)
 
     def flush(self) -> None:
-        """Wait until the last file is written."""
+        """Wait until the last file is written; raises what went wrong there."""
         if self._writing is not None:
-            self._writing.join()
+            self._writing.result()
 
 
 def estimate_advantages(

@@ -67,7 +67,7 @@ class Scorer(Worker):
         self.score_with = [self._prepare(c, model, max_tokens, pad_id) for c in self.components]
 
     def score(self, chunk: pa.Table, prompts: pa.Table, with_sum: bool) -> pa.Table:
-        """``score/NAME`` of every row and, ``with_sum``, their weighted sum ``score``.
+        """``score/NAME`` of every row and their weighted sum ``score``; without the sum ``metric/NAME`` only.
 
         Raises:
             ValueError: a component returned the wrong number of scores, or one that is not a finite number.
@@ -79,7 +79,7 @@ class Scorer(Worker):
             with self.trace.span(self.name, component.name):
                 scores = _checked(score_with(chunk, texts), component.name, texts)
             total += component.weight * scores
-            columns[f"score/{component.name}"] = pa.array(scores, pa.float32())
+            columns[f"{'score' if with_sum else 'metric'}/{component.name}"] = pa.array(scores, pa.float32())
         if with_sum:
             columns["score"] = pa.array(total, pa.float32())
         return pa.table({"row": pa.array(range(chunk.num_rows), pa.int64()), **columns})

@@ -6,7 +6,14 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 
 class WorkerFailed(RuntimeError):
@@ -40,22 +47,34 @@ def wait_for(refs: Any, what: str, seconds: float | None = None) -> Any:
         raise WaitLimitExceeded(
             f"the driver waited {waited:.0f} s for {what}; the limit is {seconds:.0f} s (run.wait_limit)"
         ) from None
-    except RayTaskError as error:
-        raise from_task_error(error, what) from None
-    except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
-        raise WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}") from None
+    except RayError as error:
+        raise explained(error, what) from None
+
+
+def explained(error: Exception, what: str) -> Exception:
+    """``error`` of a call to another process, in our words: who, doing what, why."""
+    if isinstance(error, RayTaskError):
+        return from_task_error(error, what)
+    if isinstance(error, (ActorDiedError, ActorUnavailableError, OutOfMemoryError)):
+        return WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}")
+    if isinstance(error, RayError):
+        return WorkerFailed(f"{what}: {type(error).__name__}: {_first_lines(str(error))}")
+    return error
 
 
 def from_task_error(error: RayTaskError, what: str) -> Exception:
-    """The exception that the worker raised, with its traceback as a note instead of Ray's wrapping."""
+    """The exception that the worker raised, with its traceback (``str`` of Ray's wrapping) as a note."""
     cause = error.cause
     if isinstance(cause, RayTaskError):  # a failed dependency: the origin is inside
         return from_task_error(cause, what)
-    if isinstance(cause, (ValueError, FloatingPointError)):
-        exception: Exception = type(cause)(f"{what}: {cause}")
+    # Not type(cause): subclasses such as JSONDecodeError take other arguments than a message.
+    if isinstance(cause, ValueError):
+        exception: Exception = ValueError(f"{what}: {cause}")
+    elif isinstance(cause, FloatingPointError):
+        exception = FloatingPointError(f"{what}: {cause}")
     else:
         exception = WorkerFailed(f"{what}: {type(cause).__name__}: {cause}")
-    exception.add_note(error.traceback_str)
+    exception.add_note(str(error))
     return exception
 
 

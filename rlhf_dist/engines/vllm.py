@@ -103,6 +103,7 @@ class GeneratorEngine:
         self.staged = generator.tensor_parallel_size > 1
         self._canary_old: np.ndarray | None = None
         self._pending: dict[str, _Pending] = {}
+        context = rollout.max_prompt_length + rollout.max_response_length
         self.llm = LLM(
             model=model_path,
             dtype=model.dtype,
@@ -111,7 +112,7 @@ class GeneratorEngine:
             load_format="dummy" if from_learner else "auto",
             skip_tokenizer_init=not rollout.stop,
             trust_remote_code=model.trust_remote_code,
-            max_model_len=rollout.max_prompt_length + rollout.max_response_length,
+            max_model_len=context,
             tensor_parallel_size=generator.tensor_parallel_size,
             distributed_executor_backend="mp" if self.staged else None,
             max_num_seqs=generator.max_num_seqs,
@@ -122,7 +123,7 @@ class GeneratorEngine:
             # Processed log-probabilities include the temperature, as the learner's do.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=sync.transport),
-            **_memory(generator),
+            **_device_options(generator, context),
         )
         self.engine = self.llm.llm_engine
         if sync.transport == weight_sync.BACKEND:
@@ -233,7 +234,13 @@ class GeneratorEngine:
                     )
 
 
-def _memory(generator: GeneratorConfig) -> dict[str, Any]:
+def _device_options(generator: GeneratorConfig, context: int) -> dict[str, Any]:
     if generator.gpus:
         return {"gpu_memory_utilization": generator.gpu_memory_utilization}
-    return {"kv_cache_memory_bytes": int(generator.kv_cache_gb * 2**30)}
+    return {
+        "kv_cache_memory_bytes": int(generator.kv_cache_gb * 2**30),
+        # A prompt that is prefilled in parts rewinds the generator of its seed, which torch's CPU generators cannot
+        # ("CPU Generator does not use offset", vLLM 0.32). So every prompt is prefilled in one step.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, context),
+    }

@@ -6,18 +6,20 @@ parallelism) know it too. There is no collective: a generator pulls the shards
 of the newest version whenever it is ready.
 
 The worker checks, before and after loading: version and digest of every shard,
-that the checkpoint names are exactly those of the first sync, and that the
-loader filled every parameter of the model.
+that names, types and shapes are exactly those of the first sync, and that the
+loader filled every parameter of the model. What is refused before loading
+leaves the old weights as they were.
 
 vLLM's own ``nccl`` and ``ipc`` engines take their weights from
-:func:`weight_source`.
+:func:`weight_source`; :func:`open_trainer` opens the learner's side of them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +28,18 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
     WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rlhf_dist.engines.shards import Shard, WeightSyncError
 
@@ -67,13 +74,11 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
-        self._names: frozenset[str] | None = None
+        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._shards: list[Shard] = []
 
     def start_weight_update(self) -> None:
-        # Before the reload moves parameters to the meta device. A bare load_weights after the first load is the known
-        # cause of silently wrong weights: processed layers have other shapes and no weight_loader.
-        self._parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        initialize_layerwise_reload(self.model)
+        """Nothing yet: the reload begins when the shards have been verified, so a refused one changes no weight."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class ends with torch.accelerator.synchronize(), which raises where there is no accelerator.
@@ -83,13 +88,26 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         """Verify, then load. Raises WeightSyncError that names version and tensor."""
+        version = update_info.version
         shards = [s if isinstance(s, Shard) else self._attach(*s) for s in update_info.shards]
         for shard in shards:
-            shard.verify(update_info.version)
-        names = [name for shard in shards for name in shard.names]
-        self._check_names(names, update_info.version)
-        loaded = self.model.load_weights((name, t.to(self.device)) for s in shards for name, t in s.tensors())
-        self._check_loaded(loaded, update_info.version)
+            shard.verify(version)
+        tensors = self._check_tensors(shards, version)
+        # Taken before the reload moves parameters to the meta device. A parameter may have several names: tied
+        # heads, and the router's gate of some mixtures of experts.
+        names: dict[int, set[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
+        _forget_packed_experts(self.model)
+        # A bare load_weights after the first load is the known cause of silently wrong weights: processed layers have
+        # other shapes and no weight_loader.
+        initialize_layerwise_reload(self.model)
+        try:
+            self._load(shards, names.values(), version)
+        except BaseException:
+            self._undo()
+            raise
+        self._tensors = tensors
         # Layerwise reload keeps references until a layer is complete: the buffers must outlive finish_weight_update.
         self._shards = shards
 
@@ -102,26 +120,73 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
         """Nothing is held between updates."""
 
     def _attach(self, path: str, fields: dict[str, Any]) -> Shard:
-        return Shard(**fields, data=np.memmap(path, np.uint8, mode="r"))
+        # Copy on write: torch knows no read-only tensors, and nobody writes.
+        return Shard(**fields, data=np.memmap(path, np.uint8, mode="c"))
 
-    def _check_names(self, names: list[str], version: int) -> None:
-        if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise WeightSyncError(f"version {version}: tensor {twice} was sent twice")
-        if self._names is None:
-            self._names = frozenset(names)
-        elif self._names != set(names):
-            odd = sorted(self._names ^ set(names))[0]
-            state = "is missing" if odd in self._names else "was never sent before"
-            raise WeightSyncError(f"version {version}: tensor {odd} {state}")
+    def _check_tensors(self, shards: list[Shard], version: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """``name -> (dtype, shape)`` of all shards; must be the same in every version."""
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for shard in shards:
+            for name, dtype, shape in zip(shard.names, shard.dtypes, shard.shapes, strict=True):
+                if name in tensors:
+                    raise WeightSyncError(f"version {version}: tensor {name} was sent twice")
+                tensors[name] = (dtype, tuple(shape))
+        first = self._tensors or tensors
+        if odd := sorted(first.keys() ^ tensors.keys()):
+            state = "is missing" if odd[0] in first else "was never sent before"
+            raise WeightSyncError(f"version {version}: tensor {odd[0]} {state}")
+        for name, found in tensors.items():
+            if found != first[name]:
+                raise WeightSyncError(f"version {version}: tensor {name} is {found}, in the first sync {first[name]}")
+        return tensors
 
-    def _check_loaded(self, loaded: set[str] | None, version: int) -> None:
-        """Models return the parameters that they filled, in vLLM's (fused) names. Tied heads are not filled."""
-        if loaded is None:
+    def _load(self, shards: list[Shard], parameters: Iterable[set[str]], version: int) -> None:
+        """Hand the tensors to the model's loader.
+
+        Args:
+            parameters: the names of each parameter of the model, in vLLM's (fused) names.
+        """
+        current = ""
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            nonlocal current
+            for shard in shards:
+                for current, tensor in shard.tensors():
+                    yield current, tensor.to(self.device)
+
+        try:
+            loaded = self.model.load_weights(tensors())
+        except Exception as error:
+            raise WeightSyncError(f"version {version}: vLLM does not load tensor {current}: {error}") from error
+        if loaded is None:  # a model that does not say what it filled: the canary alone must tell
             return
-        left_out = {n for n in self._parameters - set(loaded) if not n.endswith("lm_head.weight")}
+        left_out = [min(names) for names in parameters if names.isdisjoint(loaded)]
         if left_out:
-            raise WeightSyncError(f"version {version}: the loader did not fill {sorted(left_out)[0]}")
+            raise WeightSyncError(f"version {version}: the loader did not fill {min(left_out)}")
+
+    def _undo(self) -> None:
+        """Leave a reload that failed half-way: layers that are not complete get their old tensors back.
+
+        The weights are then of two versions; the engine serves nothing before a complete update. Without this the
+        next update would go on where this one broke off (vLLM 0.32 resumes layers that have begun).
+        """
+        for module in self.model.modules():
+            info = get_layerwise_info(module)
+            info.load_numel = 0
+            info.loaded_weights.clear()
+        finalize_layerwise_reload(self.model, self.model_config)
+
+
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Have experts packed anew by the reload; vLLM 0.32 packs them for CPUs at the first load only.
+
+    With a kernel from the first load, ``UnquantizedFusedMoEMethod`` takes the new weights for packed ones, and every
+    expert computes nonsense. On GPUs the kernel stays: CUDA graphs have captured it, and nothing is packed.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, FusedMoEMethodBase) and next(module.parameters()).device.type == "cpu":
+            method.moe_kernel = None
 
 
 def _repack_tied_heads(model: torch.nn.Module) -> None:
@@ -177,13 +242,76 @@ class _DeepSpeedSource(WeightSource):
         self._metadata: list[ParamMeta] | None = None
 
     def metadata(self) -> list[ParamMeta]:
-        if (
-            self._metadata is None
-        ):  # names and full shapes are known after the conversion only, so the first call gathers
+        # Names and full shapes are known after the conversion only, so the first call gathers.
+        if self._metadata is None:
             self._metadata = [ParamMeta(n, self._dtype, tuple(t.shape)) for g in self._groups() for n, t in g]
         return self._metadata
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        # vLLM packs on streams of its own, which do not wait for the optimizer step that is still running.
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         for group in self._groups():
             for name, tensor in group:
-                yield name, tensor.to(self._dtype)
+                # A copy: vLLM collects tensors of several groups, and a gathered group is freed with the next.
+                yield name, tensor.to(self._dtype, copy=True)
+
+
+def open_trainer(
+    transport: str,
+    source: WeightSource,
+    client: VLLMWeightSyncClient,
+    *,
+    rank: int,
+    address: tuple[str, int],
+    world_size: int,
+    buffer_bytes: int,
+) -> TrainerWeightTransferEngine:
+    """The learner's side of vLLM's own ``nccl`` or ``ipc`` transport; all ranks of the learner call it.
+
+    Args:
+        client: drives the generators; used by rank 0.
+        rank: of the learner; rank 0 sends.
+        address: host and free port of rank 0.
+        world_size: 1 (the sender) and the tensor-parallel workers of all generators.
+        buffer_bytes: tensors travel packed in buffers of this size, or of the largest tensor's.
+    """
+    largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
+    info = trainer_init_info(transport, rank, address, world_size, max(buffer_bytes, largest))
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+
+def trainer_init_info(
+    transport: str, rank: int, address: tuple[str, int], world_size: int, buffer_bytes: int
+) -> TrainerInitInfo:
+    """What vLLM's trainer engines want to know, by transport."""
+    if transport == "nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        host, port = address
+        return NCCLTrainerInitInfo(
+            rank=rank,
+            master_address=host,
+            master_port=port,
+            world_size=world_size,
+            packed=True,
+            packed_buffer_size_bytes=buffer_bytes,
+        )
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    # Packed: unpacked, all tensors would have to stay alive at once, which ZeRO-3 does not allow.
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=buffer_bytes)
+
+
+def payload_size(update_info: dict[str, Any]) -> tuple[int, int]:
+    """``(bytes, tensors)`` of one payload of any transport."""
+    if "shards" in update_info:
+        headers = [s.__dict__ if isinstance(s, Shard) else s[1] for s in update_info["shards"]]
+    else:
+        headers = [{"dtypes": update_info["dtype_names"], "shapes": update_info["shapes"]}]
+    sizes = [
+        math.prod(shape) * getattr(torch, dtype).itemsize
+        for h in headers
+        for dtype, shape in zip(h["dtypes"], h["shapes"], strict=True)
+    ]
+    return sum(sizes), len(sizes)

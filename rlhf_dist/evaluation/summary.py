@@ -21,7 +21,8 @@ def summarize(
     """Summarise samples whose scores are joined in.
 
     Args:
-        table: ``schema.ROLLOUT`` with ``score`` and ``score/NAME`` columns, sorted by group and sample.
+        table: ``schema.ROLLOUT``, sorted by group and sample, with ``score``, ``score/NAME`` (components of the reward) and
+            ``metric/NAME`` (other figures) as far as they were computed.
         prompts: ``schema.PROMPT``.
         group_by: field of the source rows.
         n_samples: samples per prompt.
@@ -33,9 +34,10 @@ def summarize(
         reward prefers); ``samples``.
     """
     scores = {"reward": table["score"].to_numpy()} if "score" in table.column_names else {}
-    parts = {c.removeprefix("score/"): table[c].to_numpy() for c in table.column_names if c.startswith("score/")}
+    components = [c for c in table.column_names if c.startswith("score/")]
     # A reward of one component is that component; it need not be said twice.
-    scores |= {name: x for name, x in parts.items() if not ("reward" in scores and np.array_equal(x, scores["reward"]))}
+    for column in [c for c in table.column_names if c.startswith("metric/")] + components * (len(components) > 1):
+        scores[column.partition("/")[2]] = table[column].to_numpy()
     metrics = {name: float(x.mean()) for name, x in scores.items()}
     metrics["response_length_mean"] = float(Ragged.of(table, "response_ids").lengths.mean())
     metrics["truncated_rate"] = float(
@@ -73,7 +75,8 @@ def distinct_bigrams(responses: Ragged) -> float:
     """
     ids, n = responses.values.astype(np.int64), len(responses.values)
     inside = np.ones(max(0, n - 1), bool)
-    inside[responses.offsets[1:-1] - 1] = False  # a pair that spans two responses
+    ends = responses.offsets[1:-1]
+    inside[ends[(ends > 0) & (ends < n)] - 1] = False  # a pair that spans two responses
     pairs = (ids[:-1] << 32 | ids[1:])[inside]
     return len(np.unique(pairs)) / len(pairs) if len(pairs) else 0.0
 

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_dist.config import Config, Section
 from rlhf_dist.config_io import EMBEDDED_DEFAULT, ConfigError, all_keys, dump, load
+from rlhf_dist.planner import check_fits
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 ARCHITECTURE = "model: {architecture: {model_type: llama}}\n"
@@ -53,17 +54,8 @@ def test_gpu_configs_say_that_they_have_not_been_run(file: Path) -> None:
     "file", [EMBEDDED_DEFAULT, *(f for f in SHIPPED if not f.name.startswith("gpu"))], ids=lambda file: file.name
 )
 def test_cpu_configs_fit_two_cores(file: Path) -> None:
-    """All groups of PPO are up at once: their CPUs, and two helpers of 0.01 each, must not exceed two cores."""
-    cfg = load(str(file))
-    cpus = [cfg.policy.learner.ranks * cfg.policy.learner.cpus, cfg.reward.replicas * cfg.reward.cpus]
-    cpus.append(cfg.generator.replicas * cfg.generator.cpus * cfg.generator.tensor_parallel_size)
-    if cfg.uses_critic:
-        cpus.append(cfg.critic.learner.ranks * cfg.critic.learner.cpus)
-    if cfg.uses_reference:
-        cpus.append(cfg.reference.replicas * cfg.reference.cpus)
-    assert sum(cpus) <= 1.98
-    for stage in (cfg.sft.learner, cfg.reward_model.learner):
-        assert stage.ranks * stage.cpus <= 2
+    """All groups of a stage are up at once, and must fit on the machine that these configs are for."""
+    check_fits(load(str(file)), cpus=2, gpus=0)
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -228,3 +230,21 @@ def test_raw_text_is_continued_without_a_seam(tmp_path: Path) -> None:
     table, _ = tokenization.tokenize_demonstrations(tokenizer, rows, 99)
     tokens = tokenizer.convert_ids_to_tokens(table["prompt_ids"][0].as_py() + table["response_ids"][0].as_py())
     assert tokens == ["<s>", "▁Once", "▁upon", "▁a", "▁time", "</s>"]
+
+
+def test_a_hub_dataset_as_dir_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same ``train`` and ``test`` are files of a folder, and of no meaning where ``dir`` names a hub dataset."""
+    read = []
+
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        read.append((name, subset, split))
+        return [hh_row(i) for i in range(*{"train": (0, 9), "test": (9, 12)}[split])]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = {"format": "hh", "dir": "hub:Anthropic/hh-rlhf", "train": "train.jsonl.gz", "test": "test.jsonl.gz"}
+    cfg = config(data=data, model={"architecture": {"model_type": "llama"}, "tokenizer_vocab_size": 300})
+    load.make_tokenizer(cfg, str(tmp_path))
+    table, _ = load.load_demonstrations(cfg, str(tmp_path), "train")
+    held_out, _ = load.load_demonstrations(cfg, str(tmp_path), "test")
+    assert (table.num_rows, held_out.num_rows) == (9, 3)
+    assert set(read) == {("Anthropic/hh-rlhf", None, "train"), ("Anthropic/hh-rlhf", None, "test")}

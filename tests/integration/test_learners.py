@@ -1,0 +1,264 @@
+"""Real DeepSpeed groups: two ranks, whatever the ZeRO stage, compute what one rank computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from tiny import LLAMA, SPECIAL, comparisons, experience
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_dist.actors.dispatch import Chunk, ChunkInfo, RolloutBatch
+from rlhf_dist.actors.experience import join
+from rlhf_dist.actors.group import Group, Resources
+from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
+from rlhf_dist.actors.scorer import Reference, ReferenceGroup
+from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+from rlhf_dist.data.tokenization import save_tokenizer
+from rlhf_dist.data.world import build_tokenizer
+from rlhf_dist.engines.objectives import PolicyObjective
+from rlhf_dist.models import PolicyModule, build_policy, load_policy
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+# Wide enough that ZeRO-3 really partitions: it keeps parameters below 10,000 elements whole.
+MODEL = {**LLAMA, "hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 4, "initializer_range": 0.1}
+VOCAB = 128
+SHAPE = [(3, 9), (2, 4), (5, 6), (1, 2), (4, 1), (2, 8), (6, 5)]
+BUDGET = 14
+ALGO = AlgoConfig(entropy_coef=0.01, use_kl_loss=True, kl_estimator="k3")
+# A large epsilon: with Adam's usual one the first step of a parameter whose gradient is rounding noise is a coin toss.
+OPTIM = OptimConfig(lr=1e-3, schedule="constant", warmup_ratio=0, eps=1e-3, max_grad_norm=0.5)
+SECONDS = 120
+
+
+def table_of(objective: str) -> pa.Table:
+    if objective == "pairwise":
+        return comparisons([(3, 4, 2), (1, 1, 3), (2, 5, 1), (4, 2, 2), (2, 2, 6)])
+    table = experience(SHAPE, holes=objective != "sft")
+    return table.select(["prompt_ids", "response_ids"]) if objective == "sft" else table
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    build_policy(MODEL, VOCAB, SPECIAL, seed=0).save_pretrained(root / "policy")
+    config = AutoModelForCausalLM.from_pretrained(root / "policy").config
+    config.num_labels = 1
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(root / "scalar")
+    save_tokenizer(build_tokenizer(), str(root / "tokenizer"))
+    return root
+
+
+def spec_of(folders: Path, objective: str | None, ranks: int, stage: int, dtype: str = "float32") -> LearnerSpec:
+    head = "scalar" if objective in ("critic", "pairwise") else "policy"
+    return LearnerSpec(
+        role=f"{objective}-{ranks}-{stage}",
+        model_path=str(folders / head),
+        head=head,
+        objective=objective,
+        model=ModelConfig(path="-", dtype=dtype),
+        learner=LearnerConfig(ranks=ranks, zero_stage=stage),
+        optim=OPTIM if objective else None,
+        micro_batch_tokens=BUDGET,
+        total_steps=4,
+        temperature=0.8,
+        algo=ALGO,
+        max_response_length=9,
+        shard_mb=0.05,
+    )
+
+
+@contextmanager
+def running(spec: LearnerSpec) -> Iterator[LearnerGroup]:
+    group = LearnerGroup(spec, "PACK", SECONDS).start()
+    try:
+        group.wait_ready()
+        yield group
+    finally:
+        group.release()
+
+
+@dataclass
+class Outcome:
+    """What a group did in two optimizer steps."""
+
+    steps: list[dict[str, float]]
+    exported: dict[str, torch.Tensor]
+    published: dict[str, torch.Tensor]
+    names: list[str]
+    canary: np.ndarray | None
+
+
+def train(spec: LearnerSpec, folders: Path, out: Path) -> Outcome:
+    table = ray.put(table_of(spec.objective))
+    everything = np.arange(ray.get(table).num_rows)
+    with running(spec) as group:
+        steps = group.update(table, [everything, everything[::-2]]).steps()
+        group.export(str(out), str(folders / "tokenizer"))
+        parts = ray.get(group.weights(1).parts) if spec.head == "policy" else []
+    auto = AutoModelForCausalLM if spec.head == "policy" else AutoModelForSequenceClassification
+    exported = {n: p.detach() for n, p in auto.from_pretrained(out).named_parameters()}
+    shards = [shard for shards, _ in parts for shard in shards]
+    for shard in shards:
+        shard.verify(1)
+    named = [pair for shard in shards for pair in shard.tensors()]
+    canary = next((c[1] for _, c in parts if c is not None), None)
+    return Outcome(steps, exported, dict(named), [n for n, _ in named], canary)
+
+
+@pytest.fixture(scope="module")
+def one_rank(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one rank makes of an objective; computed once."""
+    done: dict[str, Outcome] = {}
+
+    def of(objective: str) -> Outcome:
+        if objective not in done:
+            out = tmp_path_factory.mktemp(objective)
+            done[objective] = train(spec_of(folders, objective, 1, 2), folders, out)
+        return done[objective]
+
+    return of
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("objective", "stage"),
+    [
+        ("policy", 1),
+        ("policy", 2),
+        ("policy", 3),
+        ("sft", 2),
+        ("critic", 3),
+        pytest.param("sft", 1, marks=SLOW),
+        pytest.param("sft", 3, marks=SLOW),
+        pytest.param("critic", 1, marks=SLOW),
+        pytest.param("critic", 2, marks=SLOW),
+        pytest.param("pairwise", 1, marks=SLOW),
+        pytest.param("pairwise", 2, marks=SLOW),
+        pytest.param("pairwise", 3, marks=SLOW),
+    ],
+)
+def test_two_ranks_do_what_one_does(
+    objective: str, stage: int, one_rank: Any, folders: Path, tmp_path: Path
+) -> None:
+    expected = one_rank(objective)
+    found = train(spec_of(folders, objective, 2, stage), folders, tmp_path)
+    for step, (ours, theirs) in enumerate(zip(found.steps, expected.steps, strict=True)):
+        assert ours == pytest.approx(theirs, abs=1e-4), f"optimizer step {step}"
+    assert expected.steps[0]["grad_norm"] > 10 * OPTIM.max_grad_norm or objective != "policy", "clipping took part"
+    assert_close(found.exported, expected.exported)
+    assert_close(found.published, expected.published)
+    assert len(found.names) == len(set(found.names)), "every tensor once"
+    if objective in ("policy", "sft"):
+        assert set(found.names) == set(found.exported)
+        assert_close(found.published, found.exported)
+        np.testing.assert_allclose(found.canary, expected.canary, atol=1e-5)
+
+
+def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:
+    """Else nothing here would exercise the dummies."""
+    lengths = sequence_lengths(table_of("policy"))
+    plans = [micro_batches(lengths, 2, rank, BUDGET) for rank in range(2)]
+    assert sorted(sum(1 for part in plan if part) for plan in plans) == [4, 5] or [] in plans[0] + plans[1]
+    assert [] in plans[0] + plans[1]
+
+
+def test_the_first_step_is_that_of_plain_torch(one_rank: Any, folders: Path) -> None:
+    """No Ray and no DeepSpeed: one batch, autograd, clipping, AdamW."""
+    table = table_of("policy")
+    rows = np.arange(table.num_rows)
+    module = PolicyModule(load_policy(str(folders / "policy"), "float32", "sdpa"), temperature=0.8)
+    objective = PolicyObjective(ALGO, 9)
+    loss, _ = objective.loss(module, objective.collate(table, rows, 0, False), objective.totals(table, rows))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1e9)
+    step = one_rank("policy").steps[0]
+    assert step["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert step["grad_norm"] == pytest.approx(norm.item(), abs=1e-4)
+
+
+def one_chunk(table: pa.Table) -> RolloutBatch:
+    batch = RolloutBatch(range(table.num_rows))
+    batch.add(Chunk(ChunkInfo(tuple(range(table.num_rows)), table.num_rows, 0, 0, 0.0), ray.put(table)))
+    return batch
+
+
+def test_a_sharded_reference_gives_what_a_replica_gives(folders: Path) -> None:
+    table = table_of("policy").drop_columns("ref_logprobs")
+    arguments = (str(folders / "policy"), ModelConfig(path="-"), 0.8, BUDGET, 0)
+    replica = Group("reference", Reference, 1, Resources(1), lambda _: arguments, strategy="PACK", seconds=SECONDS)
+    replica.wait_ready()
+    [part] = ray.get(ReferenceGroup(replica).logprobs(one_chunk(table)).parts)[0:1] or [[]]
+    one = join(table, ray.get(part) if isinstance(part, list) else [part], "reference")
+    replica.release()
+    with running(spec_of(folders, None, 2, 3)) as group:
+        [parts] = group.logprobs(one_chunk(table), "ref_logprobs").parts
+        tables = ray.get(parts)
+    assert all(t.num_rows for t in tables), "both ranks took part"
+    two = join(table, tables, "reference")
+    module = PolicyModule(load_policy(str(folders / "policy"), "float32", "sdpa"), temperature=0.8)
+    batch = collate(table, range(table.num_rows))
+    with torch.no_grad():
+        expected = batch.gather(module(batch)[0])
+    for found in (one, two):
+        np.testing.assert_allclose(np.concatenate(found["ref_logprobs"].to_pylist()), expected, atol=1e-5)
+
+
+def with_nan(table: pa.Table, row: int) -> pa.Table:
+    i = table.column_names.index("advantages")
+    advantages = table["advantages"].to_pylist()
+    advantages[row] = [float("nan")] * len(advantages[row])
+    return table.set_column(i, "advantages", pa.array(advantages, pa.list_(pa.float32())))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_step(ranks: int, folders: Path) -> None:
+    """With two ranks only one sees the NaN; the other waits in a collective, and the driver must not wait with it."""
+    table = experience(SHAPE)
+    rows = np.arange(len(SHAPE))
+    with running(spec_of(folders, "policy", ranks, 2)) as group:
+        group.update(table, [rows]).steps()
+        with pytest.raises(FloatingPointError, match=r"updating: loss is nan in optimizer step 1 on rank [01]"):
+            group.update(with_nan(table, 0), [rows]).steps()
+
+
+def test_bfloat16_learns(folders: Path) -> None:
+    table = table_of("policy")
+    rows = np.arange(table.num_rows)
+    with running(spec_of(folders, "policy", 1, 1, dtype="bfloat16")) as group:
+        steps = group.update(table, [rows] * 3).steps()
+        [shards] = [s for s, _ in ray.get(group.weights(1).parts)]
+    assert all(np.isfinite(list(step.values())).all() for step in steps)
+    assert len({step["loss"] for step in steps}) == 3, "the weights move"
+    assert {dtype for shard in shards for dtype in shard.dtypes} == {"bfloat16"}
+
+
+def test_threads_are_those_of_the_resources(folders: Path) -> None:
+    """OMP_NUM_THREADS must be in the actor's environment before it imports torch; the shell's own must not win."""
+    spec = spec_of(folders, None, 1, 3)
+    for cpus, threads in ((0.4, 1), (3.0, 3)):
+        group = LearnerGroup(replace(spec, learner=LearnerConfig(cpus=cpus, zero_stage=3)), "PACK", SECONDS).start()
+        [about] = group.wait_ready()
+        group.release()
+        assert about["threads"] == threads
+        assert about["pid"] != os.getpid()

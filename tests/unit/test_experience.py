@@ -1,0 +1,277 @@
+"""Joining what the stages computed, and advantages against computations by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny import ragged, rollouts
+
+from rlhf_dist.actors.experience import ScoreScale, estimate_advantages, join, join_batch
+from rlhf_dist.config import AlgoConfig, RewardConfig
+from rlhf_dist.schema import with_columns
+
+FUNCTION = {"components": [{"name": "r", "function": "m:f"}]}
+PLAIN = RewardConfig(**FUNCTION)
+SHAPE = [(2, 3), (1, 1), (3, 2), (2, 4)]
+SCORES = [1.0, 3.0, -2.0, 0.5]
+
+
+def part(rows: list[int], **columns: Any) -> pa.Table:
+    return pa.table({"row": pa.array(rows, pa.int64()), **columns})
+
+
+def scored(rows: list[int]) -> pa.Table:
+    return part(rows, score=pa.array([float(10 * r) for r in rows], pa.float32()))
+
+
+# Joining
+
+
+def test_parts_of_several_ranks_are_put_in_order() -> None:
+    chunk = rollouts(SHAPE)
+    joined = join(chunk, [scored([3, 1]), scored([0, 2])], "reward")
+    assert joined["score"].to_pylist() == [0, 10, 20, 30]
+    assert joined["response_ids"].equals(chunk["response_ids"])
+    assert "row" not in joined.column_names
+
+
+def test_a_rank_may_have_nothing() -> None:
+    empty = part([], score=pa.array([], pa.float32()))
+    assert join(rollouts(SHAPE), [scored([0, 1, 2, 3]), empty], "reward")["score"].to_pylist() == [0, 10, 20, 30]
+
+
+def test_ragged_columns_follow_their_rows() -> None:
+    values = lambda rows: ragged([SHAPE[r][1] for r in rows], lambda n: np.full(n, n), pa.float32())
+    parts = [part([2, 0], values=values([2, 0])), part([1, 3], values=values([1, 3]))]
+    assert join(rollouts(SHAPE), parts, "critic")["values"].to_pylist() == [[3] * 3, [1], [2] * 2, [4] * 4]
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 1, 2, 3], [0, 1, 2, 4], []])
+def test_a_row_that_is_missing_or_there_twice(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"critic returned rows \[.*\].* for a chunk of 4 rows"):
+        join(rollouts(SHAPE), [scored(rows)], "critic")
+
+
+def test_chunks_arrive_in_any_order_and_come_out_by_group_and_sample() -> None:
+    table = rollouts([(1, 2)] * 6, n_samples=2)
+    late, early = table.slice(4), table.take(pa.array([1, 0, 3, 2]))
+    joined = join_batch([late, early], [("reward", [[scored([0, 1])], [scored([0, 1, 2, 3])]])])
+    assert joined["group_id"].to_pylist() == [0, 0, 1, 1, 2, 2]
+    assert joined["sample_index"].to_pylist() == [0, 1, 0, 1, 0, 1]
+    assert joined["score"].to_pylist() == [10, 0, 30, 20, 0, 10]
+    assert joined["response_ids"].to_pylist() == table["response_ids"].to_pylist()
+
+
+def test_chunks_whose_dictionaries_differ() -> None:
+    table = rollouts([(1, 2)] * 4)
+    i = table.column_names.index("finish_reason")
+    reasons = [pa.array(r).dictionary_encode() for r in (["stop", "length"], ["length", "stop"])]
+    chunks = [table.slice(2 * n, 2).set_column(i, "finish_reason", r) for n, r in enumerate(reasons)]
+    joined = join_batch(chunks, [("reward", [[scored([0, 1])], [scored([0, 1])]])])
+    assert joined["finish_reason"].to_pylist() == ["stop", "length", "length", "stop"]
+
+
+# Advantages
+
+
+def joined_batch(n_samples: int = 1, reasons: list[str] | None = None, holes: bool = False, **columns: Any) -> pa.Table:
+    """Four rows with scores and log-probabilities; reference and values where ``columns`` has them."""
+    q = [b for _, b in SHAPE]
+    table = rollouts(SHAPE, n_samples, holes=holes)
+    if reasons:
+        i = table.column_names.index("finish_reason")
+        table = table.set_column(i, "finish_reason", pa.array(reasons).dictionary_encode())
+    rng = np.random.default_rng(3)
+    new = {"score": pa.array(SCORES, pa.float32())}
+    for name in ("old_logprobs", *columns):
+        new[name] = ragged(q, lambda n: rng.normal(size=n), pa.float32())
+    return with_columns(table, pa.table(new), "test")
+
+
+def rows(table: pa.Table, column: str) -> list[np.ndarray]:
+    return [np.array(x, np.float64) for x in table[column].to_pylist()]
+
+
+def assert_rows(table: pa.Table, column: str, expected: list[np.ndarray]) -> None:
+    for found, wanted in zip(rows(table, column), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def rewards_by_hand(table: pa.Table, kl_coef: float, scores: list[float]) -> list[np.ndarray]:
+    """Score on the last trained token, minus the KL on each (k1)."""
+    out = []
+    zipped = zip(rows(table, "old_logprobs"), rows(table, "ref_logprobs"), rows(table, "response_mask"), strict=True)
+    for i, (old, ref, mask) in enumerate(zipped):
+        r = np.where(mask == 1, -kl_coef * (old - ref), 0.0)
+        if mask.any():
+            r[np.flatnonzero(mask)[-1]] += scores[i]
+        out.append(r)
+    return out
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_gae_with_kl(holes: bool) -> None:
+    algo = AlgoConfig(gamma=0.9, gae_lambda=0.8, whiten_advantages=False, kl_coef=0.3)
+    table = joined_batch(holes=holes, ref_logprobs=1, values=1)
+    found, _ = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale())
+    rewards = rewards_by_hand(table, 0.3, SCORES)
+    advantages, returns = [], []
+    for r, v, mask in zip(rewards, rows(table, "values"), rows(table, "response_mask"), strict=True):
+        a, ret, after, value_after = np.zeros(len(r)), np.zeros(len(r)), 0.0, 0.0
+        for t in np.flatnonzero(mask)[::-1]:
+            after = r[t] + 0.9 * value_after - v[t] + 0.9 * 0.8 * after
+            a[t], ret[t], value_after = after, after + v[t], v[t]
+        advantages.append(a)
+        returns.append(ret)
+    assert_rows(found, "rewards", rewards)
+    assert_rows(found, "advantages", advantages)
+    assert_rows(found, "returns", returns)
+
+
+def test_whitening_is_over_all_trained_tokens() -> None:
+    algo = AlgoConfig(advantage_estimator="reinforce", gamma=0.5)
+    table = joined_batch(holes=True)
+    found, _ = estimate_advantages(table, algo, PLAIN, 0.0, ScoreScale())
+    returns = []
+    for score, mask in zip(SCORES, rows(table, "response_mask"), strict=True):
+        ahead = mask[::-1].cumsum()[::-1]
+        returns.append(np.where(mask == 1, score * 0.5 ** (ahead - 1), 0.0))
+    assert_rows(found, "returns", returns)
+    trained = np.concatenate([x[m == 1] for x, m in zip(returns, rows(table, "response_mask"), strict=True)])
+    white = [
+        np.where(m == 1, (x - trained.mean()) / trained.std(ddof=1), 0)
+        for x, m in zip(returns, rows(table, "response_mask"), strict=True)
+    ]
+    assert_rows(found, "advantages", white)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("in_reward", [True, False])
+def test_group_estimators_compare_total_rewards(estimator: str, in_reward: bool) -> None:
+    kl = {"kl_coef": 0.3} if in_reward else {"kl_coef": 0.3, "use_kl_loss": True, "kl_estimator": "k3"}
+    algo = AlgoConfig(advantage_estimator=estimator, **kl)
+    table = joined_batch(n_samples=2, ref_logprobs=1)
+    found, figures = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale())
+    rewards = rewards_by_hand(table, 0.3 if in_reward else 0.0, SCORES)
+    totals = np.array([r.sum() for r in rewards]).reshape(2, 2)
+    other = totals[:, ::-1]
+    centred = totals - totals.mean(1, keepdims=True)
+    expected = {
+        "rloo": totals - other,
+        "dr_grpo": centred,
+        "grpo": centred / (totals.std(1, ddof=1, keepdims=True) + 1e-6),
+    }[estimator].reshape(-1)
+    assert_rows(found, "rewards", rewards)
+    assert_rows(found, "advantages", [np.full(q, a) for (_, q), a in zip(SHAPE, expected, strict=True)])
+    assert figures["rollout/zero_std_groups"] == 0
+
+
+def test_groups_with_equal_scores_are_counted() -> None:
+    table = joined_batch(n_samples=2)
+    i = table.column_names.index("score")
+    table = table.set_column(i, "score", pa.array([1.0, 1.0, 0.0, 2.0], pa.float32()))
+    found, figures = estimate_advantages(table, AlgoConfig(advantage_estimator="grpo"), PLAIN, 0.0, ScoreScale())
+    assert figures["rollout/zero_std_groups"] == 1
+    assert rows(found, "advantages")[0].tolist() == [0, 0, 0]
+
+
+def test_the_score_is_normalised_then_clipped_then_fined() -> None:
+    reward = RewardConfig(**FUNCTION, normalize=True, clip=1.0, missing_eos_penalty=0.25)
+    table = joined_batch(reasons=["stop", "stop", "length", "length"])
+    algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
+    found, figures = estimate_advantages(table, algo, reward, 0.0, ScoreScale(mean=0.5, std=2.0))
+    # (1, 3, -2, 0.5) -> (0.25, 1.25, -1.25, 0) -> clip -> (0.25, 1, -1, 0) -> fine of the truncated
+    shaped = [0.25, 1.0, -1.25, -0.25]
+    assert [float(r.sum()) for r in rows(found, "rewards")] == pytest.approx(shaped)
+    assert [float(a[0]) for a in rows(found, "advantages")] == pytest.approx(shaped)
+    assert found["score"].to_pylist() == SCORES, "the raw score stays in the table"
+    assert figures["rollout/shaped_reward_mean"] == pytest.approx(np.mean(shaped))
+    assert figures["rollout/truncated_rate"] == 0.5
+
+
+def test_scores_that_never_vary_do_not_explode() -> None:
+    reward = RewardConfig(**FUNCTION, normalize=True)
+    algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
+    found, _ = estimate_advantages(joined_batch(), algo, reward, 0.0, ScoreScale(mean=1.0, std=0.0))
+    assert np.isfinite(rows(found, "rewards")[0]).all()
+    assert rows(found, "rewards")[0].sum() == 0
+
+
+def test_figures_by_hand() -> None:
+    column = pa.array(SCORES, pa.float32())
+    table = with_columns(joined_batch(holes=True, ref_logprobs=1), pa.table({"score/r": column}), "test")
+    algo = AlgoConfig(advantage_estimator="reinforce")
+    _, figures = estimate_advantages(table, algo, PLAIN, 0.1, ScoreScale())
+    old, ref, rollout, mask = (
+        np.concatenate(rows(table, n)) for n in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "response_mask")
+    )
+    difference = np.abs(old - rollout)[mask == 1]
+    expected = {
+        "rollout/kl": (old - ref)[mask == 1].sum() / 4,
+        "rollout/reward_mean": np.mean(SCORES),
+        "rollout/reward_std": np.std(SCORES),
+        "rollout/shaped_reward_mean": np.mean(SCORES),
+        "rollout/response_length_mean": 2.5,
+        "rollout/response_length_max": 4,
+        "rollout/truncated_rate": 0.0,
+        "train/rollout_logprob_abs_diff": difference.mean(),
+        "train/rollout_logprob_abs_diff_max": difference.max(),
+        "rollout/score/r": np.mean(SCORES),
+    }
+    assert figures == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_without_response_tokens() -> None:
+    q = [3, 0]
+    table = rollouts([(2, n) for n in q])
+    new = {"score": pa.array([1.0, 5.0], pa.float32()), "old_logprobs": ragged(q, np.zeros, pa.float32())}
+    algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
+    found, _ = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale())
+    assert found["advantages"].to_pylist() == [[1.0, 1.0, 1.0], []]
+
+
+def test_a_batch_without_any_response_token() -> None:
+    table = rollouts([(2, 0), (1, 0)])
+    new = {"score": pa.array([1.0, 5.0], pa.float32()), "old_logprobs": ragged([0, 0], np.zeros, pa.float32())}
+    algo = AlgoConfig(advantage_estimator="reinforce")
+    found, figures = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale())
+    assert found["advantages"].to_pylist() == [[], []]
+    assert figures["train/rollout_logprob_abs_diff"] == 0
+
+
+# The file of a step
+
+
+def writer(folder: Path, tokenizer_dir: Path) -> Any:
+    """The process's class without Ray around it: it runs here."""
+    from rlhf_dist.actors.experience import Experience
+    from rlhf_dist.data.tokenization import save_tokenizer
+    from rlhf_dist.data.world import build_tokenizer
+
+    save_tokenizer(build_tokenizer(), str(tokenizer_dir))
+    return Experience.__ray_metadata__.modified_class(AlgoConfig(), PLAIN, str(tokenizer_dir), str(folder))
+
+
+def test_rollouts_are_written_with_their_texts(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = joined_batch()
+    process = writer(tmp_path / "rollouts", tmp_path / "tokenizer")
+    process._write(7, table)
+    process.flush()
+    found = pq.read_table(tmp_path / "rollouts" / "step_000007.parquet")
+    assert found.column_names == ["prompt", "response", *table.column_names]
+    assert found["response"].to_pylist() == process.tokenizer.batch_decode(table["response_ids"].to_pylist())
+    assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_000007.parquet"]
+
+
+def test_a_file_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").write_text("in the way")
+    process = writer(tmp_path / "rollouts", tmp_path / "tokenizer")
+    process._write(1, joined_batch())
+    with pytest.raises(OSError, match="rollouts"):
+        process.flush()

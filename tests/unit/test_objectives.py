@@ -1,0 +1,173 @@
+"""Losses, metrics and gradients do not depend on the split into micro-batches and ranks; dummies change nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tiny import comparisons, experience, tiny_llama
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_dist.config import AlgoConfig
+from rlhf_dist.data.batching import micro_batches
+from rlhf_dist.engines.objectives import CriticObjective, PairwiseObjective, PolicyObjective, SFTObjective, Totals
+from rlhf_dist.models import PolicyModule, ScalarModule
+
+SHAPE = [(3, 4), (1, 6), (5, 0), (2, 1), (4, 5), (2, 2), (3, 3)]
+#: Everything that adds a term to the loss.
+FULL = AlgoConfig(entropy_coef=0.01, use_kl_loss=True, kl_estimator="k3", kl_coef=0.1, dual_clip=3.0)
+
+
+def scalar_module() -> ScalarModule:
+    config = copy.deepcopy(tiny_llama().config)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return ScalarModule(AutoModelForSequenceClassification.from_config(config))
+
+
+CASES: dict[str, tuple[Any, Any, pa.Table]] = {
+    "sft": (SFTObjective(), PolicyModule(tiny_llama()), experience(SHAPE).select(["prompt_ids", "response_ids"])),
+    "policy, token mean": (PolicyObjective(FULL, 8), PolicyModule(tiny_llama()), experience(SHAPE, holes=True)),
+    "policy, sequence mean": (
+        PolicyObjective(FULL.model_copy(update={"loss_aggregation": "sequence_mean"}), 8),
+        PolicyModule(tiny_llama(), temperature=0.7),
+        experience(SHAPE, holes=True),
+    ),
+    "policy, constant": (
+        PolicyObjective(AlgoConfig(loss_aggregation="constant"), 8),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE).drop_columns("ref_logprobs"),
+    ),
+    "critic": (CriticObjective(AlgoConfig()), scalar_module(), experience(SHAPE, holes=True)),
+    "pairwise": (PairwiseObjective(), scalar_module(), comparisons([(2, 3, 1), (1, 1, 4), (3, 2, 2), (1, 5, 5)])),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(", ", "_"))
+def case(request: pytest.FixtureRequest) -> tuple[Any, torch.nn.Module, pa.Table]:
+    objective, module, table = CASES[request.param]
+    return objective, copy.deepcopy(module).double(), table
+
+
+def accumulate(
+    objective: Any, module: torch.nn.Module, table: pa.Table, parts: list[list[int]]
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """Sums of loss, metrics and gradients over ``parts``, as a group of ranks makes them."""
+    module.zero_grad()
+    rows = np.arange(table.num_rows)
+    totals = objective.totals(table, rows)
+    sums: dict[str, float] = {}
+    for part in parts:
+        batch = objective.collate(table, part, 0, False)
+        loss, metrics = objective.loss(module, batch, totals)
+        loss.backward()
+        for name, value in {**metrics, "loss": loss.detach()}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return sums, [p.grad.clone() for p in module.parameters()]
+
+
+def assert_same(a: tuple[dict[str, float], list[torch.Tensor]], b: tuple[dict[str, float], list[torch.Tensor]]) -> None:
+    assert a[0] == pytest.approx(b[0], abs=1e-6)
+    for x, y in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-7, rtol=1e-5)
+
+
+def test_the_split_does_not_matter(case: tuple[Any, torch.nn.Module, pa.Table]) -> None:
+    objective, module, table = case
+    whole = accumulate(objective, module, table, [list(range(table.num_rows))])
+    assert whole[0]["loss"] != 0
+    assert sum(float(g.abs().sum()) for g in whole[1]) > 0
+    one_by_one = accumulate(objective, module, table, [[row] for row in range(table.num_rows)])
+    assert_same(whole, one_by_one)
+    lengths = objective.lengths(table)
+    for ranks, budget in ((2, 12), (3, 30)):
+        parts = [part for rank in range(ranks) for part in micro_batches(lengths, ranks, rank, budget)]
+        assert_same(whole, accumulate(objective, module, table, parts))
+
+
+def test_dummies_change_nothing_and_keep_the_graph(case: tuple[Any, torch.nn.Module, pa.Table]) -> None:
+    objective, module, table = case
+    whole = accumulate(objective, module, table, [list(range(table.num_rows))])
+    assert_same(whole, accumulate(objective, module, table, [[], list(range(table.num_rows)), []]))
+    totals = objective.totals(table, np.arange(table.num_rows))
+    module.zero_grad()
+    loss, metrics = objective.loss(module, objective.collate(table, [], 0, False), totals)
+    assert loss.requires_grad
+    loss.backward()
+    # ZeRO's hooks fire on gradients: every parameter must have one, of zeros.
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+    assert {*metrics, "loss"} == set(whole[0])
+    assert not any(float(value) for value in metrics.values())
+
+
+def test_totals_count_trained_tokens() -> None:
+    table = pa.table(
+        {
+            "prompt_ids": pa.array([[1]] * 4, pa.list_(pa.int32())),
+            "response_ids": pa.array([[5, 6, 7], [], [5], []], pa.list_(pa.int32())),
+            "response_mask": pa.array([[1, 0, 1], [], [1], []], pa.list_(pa.uint8())),
+        }
+    )
+    policy = PolicyObjective(AlgoConfig(), 8)
+    assert policy.totals(table, np.arange(4)) == Totals(tokens=3, sequences=4)
+    assert policy.totals(table, np.array([0, 1])) == Totals(tokens=2, sequences=2)
+    assert policy.totals(table, np.array([1, 3])) == Totals(tokens=1, sequences=2), "never divides by 0"
+    assert SFTObjective().totals(table.drop_columns("response_mask"), np.arange(4)) == Totals(tokens=4, sequences=4)
+
+
+def test_the_loss_of_sft_is_the_mean_over_all_response_tokens() -> None:
+    objective, module, table = CASES["sft"]
+    totals = objective.totals(table, np.arange(table.num_rows))
+    batch = objective.collate(table, range(table.num_rows), 0, False)
+    loss, _ = objective.loss(module, batch, totals)
+    expected = -module(batch)[0][batch.response].mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_unchanged_weights_give_the_gradient_of_the_advantage() -> None:
+    """At ratio 1 PPO's gradient is that of −A log π, and nothing is clipped."""
+    table = experience(SHAPE)
+    module = PolicyModule(tiny_llama()).double()
+    objective = PolicyObjective(AlgoConfig(kl_coef=0.0), 8)
+    batch = objective.collate(table, range(len(SHAPE)), 0, False)
+    with torch.no_grad():
+        batch.columns["old_logprobs"] = module(batch)[0]
+    totals = objective.totals(table, np.arange(len(SHAPE)))
+    loss, metrics = objective.loss(module, batch, totals)
+    loss.backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    (-(batch.columns["advantages"] * module(batch)[0])[batch.mask].sum() / totals.tokens).backward()
+    for a, p in zip(found, module.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, atol=1e-9, rtol=1e-6)
+    assert metrics["clip_frac"] == 0
+    assert abs(float(metrics["ppo_kl"])) < 1e-12
+
+
+def test_the_critics_moments_give_the_explained_variance() -> None:
+    objective, module, table = CASES["critic"]
+    batch = objective.collate(table, range(len(SHAPE)), 0, False)
+    _, m = objective.loss(module, batch, objective.totals(table, np.arange(len(SHAPE))))
+    returns, old = (batch.columns[name][batch.mask].double() for name in ("returns", "values"))
+    variance = float(m["_r2"] - m["_r1"] ** 2)
+    residual = float(m["_e2"] - m["_e1"] ** 2)
+    assert variance == pytest.approx(float(returns.var(correction=0)), rel=1e-4)
+    assert residual == pytest.approx(float((returns - old).var(correction=0)), rel=1e-4)
+
+
+def test_a_margin_asks_for_more_distance() -> None:
+    objective, module, table = CASES["pairwise"]
+    totals = Totals(1, 1)
+    batch = objective.collate(table, [0], 0, False)
+    assert batch.columns["margin"].tolist() == pytest.approx([table["margin"][0].as_py()])
+    with_margin, _ = objective.loss(module, batch, totals)
+    batch.columns["margin"] = torch.zeros(1)
+    without, metrics = objective.loss(module, batch, totals)
+    chosen, rejected = module.scores(batch).tolist()
+    assert without.item() == pytest.approx(np.log1p(np.exp(rejected - chosen)), rel=1e-5)
+    assert with_margin > without
+    assert float(metrics["accuracy"]) == float(chosen > rejected)
