@@ -560,6 +560,10 @@ class Config(Section):
                 f"critic.warmup_steps={self.critic.warmup_steps}, but algo.advantage_estimator={estimator} "
                 "has no critic"
             )
+        if self.critic.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"critic.warmup_steps={self.critic.warmup_steps} leaves the policy none of train.steps={self.train.steps}"
+            )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
         trained = any(c.model == "trained" for c in self.reward.components)

@@ -65,14 +65,15 @@ class ScalarModule(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        backbone: nn.Module = getattr(self.model, self.model.base_model_prefix)
+        head: nn.Module = getattr(self.model, "score")  # noqa: B009  (mypy takes the attribute for a Tensor)
         hidden = backbone(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float()
+        return head(hidden).squeeze(-1).float()
 
     def scores(self, batch: Batch) -> Tensor:
         """The value at the last token of each sequence, ``[sequences]``."""

@@ -12,7 +12,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from rlhf_dist.observability.metrics import MetricsWriter
 from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary
 from rlhf_dist.observability.terminal import Terminal
-from rlhf_dist.observability.trace import Trace
+from rlhf_dist.observability.trace import Span, Trace
 
 
 class Interrupted(BaseException):
@@ -41,6 +42,8 @@ class Startable(Protocol):
     """A group of actors: learners, generators, scorers."""
 
     def wait_ready(self) -> Any: ...
+
+    def spans(self) -> list[Span]: ...
 
     def release(self) -> None: ...
 
@@ -125,24 +128,22 @@ class Run:
         """Join the cluster that is there, else start a local one."""
         address = self.cfg.cluster.address or os.environ.get("RAY_ADDRESS")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        quiet = {"logging_level": "error", "log_to_driver": False, "configure_logging": True}
         self.joined = bool(address)
-        if address:
-            ray.init(address=address, **quiet)
-        else:
+        options: dict[str, Any] = {"address": address, "logging_level": "error", "log_to_driver": False}
+        if not address:
             # On a cluster that was joined, files may be where the workers are.
             if problems := planner.check_files(self.cfg):
                 raise ValueError("\n".join(problems))
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             memory = self.cfg.cluster.object_store_mb
-            ray.init(
-                address="local",
-                num_cpus=self.cfg.cluster.local_cpus,
-                object_store_memory=memory * 2**20 if memory else None,
-                include_dashboard=False,
-                **quiet,
-            )
+            options |= {
+                "address": "local",
+                "num_cpus": self.cfg.cluster.local_cpus,
+                "object_store_memory": memory * 2**20 if memory else None,
+                "include_dashboard": False,
+            }
             actor_group.log_dir = self.path("logs")
+        ray.init(**options)
         # ray.init has put its own handler in the place of ours.
         signal.signal(signal.SIGTERM, _interrupt)
         resources = ray.cluster_resources()
@@ -179,13 +180,21 @@ class Run:
         if report.get("too_long"):
             self.terminal.info(f"{what}: {report['too_long']} rows left out, longer than the limit")
 
-    def start(self, **groups: Startable) -> None:
-        """Wait for groups whose processes are starting side by side, and show who is up."""
-        self._groups += groups.values()
-        with self.terminal.starting(dict.fromkeys(groups, 1)) as starting:
-            for name, group in groups.items():
-                group.wait_ready()
-                starting.ready(name)
+    def start(self, **groups: Startable | None) -> None:
+        """Wait for groups whose processes are starting side by side, and show who is up; None is nobody."""
+        present = {name: group for name, group in groups.items() if group is not None}
+        self._groups += present.values()
+        # A thread for each, so that every group is shown the moment it is up. Whoever fails or is interrupted does
+        # not wait for the others.
+        pool = ThreadPoolExecutor(len(present))
+        try:
+            with self.terminal.starting(dict.fromkeys(present, 1)) as starting:
+                names = {pool.submit(group.wait_ready): name for name, group in present.items()}
+                for future in as_completed(names):
+                    future.result()
+                    starting.ready(names[future])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def finish_stage(self) -> None:
         """Release every group that was started."""
@@ -204,9 +213,9 @@ class Run:
             yield step
             self.steps_done = step
 
-    def collect_spans(self, groups: Sequence[actor_group.Group]) -> None:
-        """Fetch the traces of some groups."""
-        for group in groups:
+    def collect_spans(self) -> None:
+        """Fetch the traces of all groups that are up."""
+        for group in self._groups:
             self.trace.add(group.spans())
 
     def checkpoint_if_due(self, step: int, policy: LearnerGroup) -> None:

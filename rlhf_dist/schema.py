@@ -55,9 +55,10 @@ ROLLOUT = pa.schema(
     ]
 )
 
-#: Columns added by later stages. Reward components add ``score/NAME`` beside ``score``.
+#: Columns added by later stages. Reward components add ``score/NAME``, other figures ``metric/NAME``.
 STAGE_COLUMNS: dict[str, pa.DataType] = {
     "score": pa.float32(),
+    "metric": pa.float32(),
     "ref_logprobs": _floats,
     "old_logprobs": _floats,
     "values": _floats,

@@ -21,6 +21,7 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from rlhf_dist.actors.transport import Weights
 from rlhf_dist.actors.waiting import WaitLimitExceeded, explained, wait_for
 from rlhf_dist.data.ledger import Ledger
 from rlhf_dist.data.prompts import PromptOrder
@@ -195,8 +196,7 @@ class RolloutStream:
 
     def publish(self, weights: Weights) -> None:
         """Send new weights to every generator; they serve nothing under them before the gate has passed."""
-        refs = [g.load.remote(weights.version, weights.parts) for g in self.generators]
-        self._loading = (weights.version, refs)
+        self._loading = (weights.version, weights.deliver(self.generators))
 
     def wait_published(self) -> list[Any]:
         """Block until the last published version serves everywhere; returns the generators' records of the sync."""
@@ -208,11 +208,3 @@ class RolloutStream:
             self.ledger.published(version)
         self._loading = None
         return records
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One version of the policy: a reference per rank to its shards and, from rank 0, the canary."""
-
-    version: int
-    parts: list[ObjectRef]

@@ -25,6 +25,7 @@ from rlhf_dist.actors.group import Group, Resources, Worker
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, RewardConfig
 from rlhf_dist.data.batching import Ragged
+from rlhf_dist.observability.trace import Span
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,8 @@ class ExperienceGroup:
     ) -> tuple[ObjectRef, ObjectRef]:
         """References to the experience and to its figures; returns once all chunks are submitted."""
         chunks, stages = _references(rollouts, columns)
-        table, metrics = self.actor.build.options(num_returns=2).remote(step, chunks, stages, scale)
-        return table, metrics
+        references: Any = self.actor.build.options(num_returns=2).remote(step, chunks, stages, scale)
+        return tuple(references)
 
     def summarize(
         self, rollouts: RolloutBatch, columns: Sequence[Columns], prompts: ObjectRef, group_by: str | None, n: int
@@ -265,6 +266,9 @@ class ExperienceGroup:
 
     def flush(self) -> None:
         wait_for(self.actor.flush.remote(), "experience, writing rollouts")
+
+    def spans(self) -> list[Span]:
+        return self.group.spans()
 
     def release(self) -> None:
         self.group.release()

@@ -104,7 +104,30 @@ class Generator(Worker):
             record = self._run(lambda engine: engine.load(version, shards, ids, expected))
         except RuntimeError as error:
             raise type(error)(f"generator {self.index}: {error}") from None
-        return {**record.__dict__, "tells_apart": record.canary_tells_apart, "pull_seconds": pulled}
+        return _figures(record, pulled)
+
+    # The four calls of vLLM's weight transfer, for learners that push; each runs between two steps.
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._run(lambda engine: engine.init_weight_transfer_engine(init_info))
+
+    def start_weight_update(self) -> None:
+        self._run(lambda engine: engine.start_weight_update())
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._run(lambda engine: engine.update_weights(update_info))
+
+    def finish_weight_update(self, version: int) -> None:
+        self._run(lambda engine: engine.finish_weight_update(version))
+
+    def gate(self, version: int, *canaries: Any) -> dict[str, Any]:
+        """Verify what was pushed; returns the ``SyncRecord``.
+
+        Args:
+            canaries: of each rank of the learner; rank 0 has tokens and log-probabilities, the others None.
+        """
+        ids, expected = next(canary for canary in canaries if canary is not None)
+        return _figures(self._run(lambda engine: engine.gate(version, ids, expected)), 0.0)
 
     def _run(self, command: Callable[[Any], Any]) -> Any:
         """Run ``command(engine)`` in the engine's thread, between two steps."""
@@ -155,6 +178,10 @@ def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_l
         from_learner=from_learner,
         seed=cfg.seed,
     )
+
+
+def _figures(record: Any, pull_seconds: float) -> dict[str, Any]:
+    return {**record.__dict__, "tells_apart": record.canary_tells_apart, "pull_seconds": pull_seconds}
 
 
 def _info(samples: Sequence[Any], seconds: float) -> ChunkInfo:

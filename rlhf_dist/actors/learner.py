@@ -16,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
 
-from rlhf_dist.actors.dispatch import Columns, RolloutBatch, Weights
+from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources, Worker
+from rlhf_dist.actors.transport import TRANSPORTS, GeneratorClient, Weights
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.observability.trace import Span
 
 #: Tokens of the canary prompt.
 CANARY_LENGTH = 32
@@ -47,6 +50,9 @@ class LearnerSpec:
     shard_mb: float = 256
     pad_id: int = 0
     canary_length: int = CANARY_LENGTH
+    transport: str = "object_store"
+    generator_workers: int = 1
+    """Tensor-parallel workers of each generator."""
 
 
 @ray.remote
@@ -58,6 +64,8 @@ class LearnerWorker(Worker):
         self.spec = spec
         self.rank = rank
         self.world = world
+        self._client: GeneratorClient | None = None
+        self._sender: Any = None
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for rank 0 to gather the group."""
@@ -205,6 +213,34 @@ class LearnerWorker(Worker):
             canary = self._canary()
         return shards, canary if self.rank == 0 else None
 
+    def push_weights(self, version: int, generators: list[ActorHandle]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Send ``version`` to ``generators`` by vLLM's own transport; rank 0 returns the canary."""
+        with self.trace.span(self.name, "push_weights"):
+            if self._client is None or self._sender is None:
+                self._client, self._sender = self._connect(generators)
+            self._client.version = version
+            self._sender.send_weights()
+            canary = self._canary()
+        return canary if self.rank == 0 else None
+
+    def _connect(self, generators: list[ActorHandle]) -> tuple[GeneratorClient, Any]:
+        from rlhf_dist.engines import weight_sync
+
+        client = GeneratorClient(generators, self.spec.generator_workers)
+        group_bytes = int(self.spec.shard_mb * 2**20)
+        dtype = getattr(self.torch, self.spec.model.dtype)
+        source = weight_sync.weight_source(lambda: self.engine.named_weights(group_bytes), dtype)
+        sender = weight_sync.open_trainer(
+            self.spec.transport,
+            source,
+            client,
+            rank=self.rank,
+            address=self.address(),
+            world_size=client.world_size,
+            buffer_bytes=group_bytes,
+        )
+        return client, sender
+
     def _canary(self) -> tuple[np.ndarray, np.ndarray]:
         """A fixed prompt of random tokens; its log-probabilities at temperature 1."""
         from rlhf_dist.data.batching import collate
@@ -347,10 +383,13 @@ class LearnerGroup:
 
     def weights(self, version: int) -> Weights:
         """Publish ``version``; returns at once."""
-        return Weights(version, [r.weights.remote(version) for r in self.ranks])
+        return TRANSPORTS[self.spec.transport](version, self.ranks)
 
     def export(self, folder: str, tokenizer_dir: str) -> None:
         wait_for([r.export.remote(folder, tokenizer_dir) for r in self.ranks], f"{self.role}, exporting to {folder}")
+
+    def spans(self) -> list[Span]:
+        return self.group.spans()
 
     def release(self) -> None:
         self.group.release()

@@ -19,6 +19,7 @@ from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.config import ModelConfig, RewardComponent
+from rlhf_dist.observability.trace import Span
 
 
 @ray.remote
@@ -247,6 +248,9 @@ class ReferenceGroup:
     def wait_ready(self) -> list[Any]:
         return self.group.wait_ready()
 
+    def spans(self) -> list[Span]:
+        return self.group.spans()
+
     def release(self) -> None:
         self.group.release()
 
@@ -262,6 +266,9 @@ class ShardedReference:
 
     def wait_ready(self) -> list[Any]:
         return self.learner.wait_ready()
+
+    def spans(self) -> list[Span]:
+        return self.learner.spans()
 
     def release(self) -> None:
         self.learner.release()
@@ -281,6 +288,9 @@ class ScorerGroup:
     def wait_ready(self) -> list[Any]:
         return self.group.wait_ready()
 
+    def spans(self) -> list[Span]:
+        return self.group.spans()
+
     def release(self) -> None:
         self.group.release()
 
@@ -297,6 +307,9 @@ class ShardedReward:
 
     def wait_ready(self) -> list[Any]:
         return self.learner.wait_ready()
+
+    def spans(self) -> list[Span]:
+        return self.learner.spans()
 
     def release(self) -> None:
         self.learner.release()

@@ -10,6 +10,7 @@ of tokens, so micro-batches and ranks add up. DeepSpeed averages over ranks;
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -193,7 +194,8 @@ def _save_pretrained(model: PreTrainedModel, state: dict[str, Tensor], folder: P
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    limit, part, size = 4 << 30, {}, 0
+    limit, size = 4 << 30, 0
+    part: dict[str, Tensor] = {}
     parts: list[dict[str, Tensor]] = []
     for name, tensor in state.items():
         if part and size + tensor.nbytes > limit:
@@ -210,8 +212,6 @@ def _save_pretrained(model: PreTrainedModel, state: dict[str, Tensor], folder: P
         file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, file))
-    import json
-
     total = sum(t.nbytes for t in state.values())
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     (folder / "model.safetensors.index.json").write_text(text)

@@ -10,7 +10,8 @@ anything is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,22 +50,17 @@ class Shard:
         """Raises:
         WeightSyncError: another version, or a digest that does not match.
         """
+        names = f"with {len(self.names)} tensors from {self.names[0]} to {self.names[-1]}" if self.names else "(empty)"
         if self.version != version:
-            raise WeightSyncError(
-                f"shard with {self.names[0]} is of version {self.version}, expected version {version}"
-            )
+            raise WeightSyncError(f"shard {names} is of version {self.version}, expected version {version}")
         if _digest(self.header(), self.data) != self.digest:
-            raise WeightSyncError(
-                f"shard of version {version} with {len(self.names)} tensors from {self.names[0]} to "
-                f"{self.names[-1]}: the bytes do not match their digest"
-            )
+            raise WeightSyncError(f"shard of version {version} {names}: the bytes do not match their digest")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(checkpoint name, tensor)``; views of the buffer, read-only by convention."""
+        buffer = torch.from_numpy(self.data)
         for name, dtype, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True):
-            torch_dtype = getattr(torch, dtype)
-            count = int(np.prod(shape, dtype=np.int64))
-            yield name, torch.frombuffer(self.data, dtype=torch_dtype, count=count, offset=offset).view(shape)
+            yield name, _view(buffer, offset, getattr(torch, dtype), shape)
 
 
 def pack(version: int, tensors: Iterable[tuple[str, Tensor]]) -> Shard:
@@ -77,7 +73,7 @@ def pack(version: int, tensors: Iterable[tuple[str, Tensor]]) -> Shard:
     data = np.zeros(size, np.uint8)
     buffer = torch.from_numpy(data)
     for (_, t), offset in zip(items, offsets, strict=True):
-        buffer[offset : offset + t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
+        _view(buffer, offset, t.dtype, t.shape).copy_(t)
     shard = Shard(
         version,
         tuple(name for name, _ in items),
@@ -92,3 +88,10 @@ def pack(version: int, tensors: Iterable[tuple[str, Tensor]]) -> Shard:
 
 def _digest(header: bytes, data: np.ndarray) -> bytes:
     return blake3(header).update(data).digest(16)
+
+
+def _view(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:  # an empty slice has no stride to reinterpret
+        return torch.empty(shape, dtype=dtype)
+    return buffer[offset : offset + size].view(dtype).view(shape)

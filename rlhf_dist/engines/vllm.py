@@ -79,7 +79,11 @@ class _Pending:
 
 
 class GeneratorEngine:
-    """vLLM behind four verbs: ``add``, ``step``, ``load``, ``canary``. Not thread-safe: one thread owns it."""
+    """vLLM behind four verbs: ``add``, ``step``, ``load``, ``canary``. Not thread-safe: one thread owns it.
+
+    ``load`` is ``start_weight_update``, ``update_weights``, ``finish_weight_update`` and ``gate`` in one; transports
+    that push call them one by one. From the start of an update until its gate has passed, ``add`` refuses.
+    """
 
     def __init__(
         self,
@@ -102,6 +106,9 @@ class GeneratorEngine:
         self.version = FROM_DISK
         self.staged = generator.tensor_parallel_size > 1
         self._canary_old: np.ndarray | None = None
+        self._verified = not from_learner
+        self._update = SyncRecord(FROM_DISK, 0, 0)
+        self._broken: str | None = None
         self._pending: dict[str, _Pending] = {}
         context = rollout.max_prompt_length + rollout.max_response_length
         self.llm = LLM(
@@ -127,7 +134,7 @@ class GeneratorEngine:
         )
         self.engine = self.llm.llm_engine
         if sync.transport == weight_sync.BACKEND:
-            self.llm.init_weight_transfer_engine({"init_info": {}})
+            self.init_weight_transfer_engine({})
 
     @property
     def busy(self) -> bool:
@@ -136,7 +143,13 @@ class GeneratorEngine:
     def add(
         self, prompt_id: int, group_id: int, sample_index: int, prompt_ids: np.ndarray, seed: int, greedy: bool
     ) -> None:
-        """Queue one sample. Equal seed, weights and prompt give equal tokens, whatever else is in the batch."""
+        """Queue one sample. Equal seed, weights and prompt give equal tokens, whatever else is in the batch.
+
+        Raises:
+            WeightSyncError: the weights have not passed the gate.
+        """
+        if not self._verified:
+            raise WeightSyncError("nothing can be sampled before a weight update has passed the gate")
         request = f"{group_id}-{sample_index}"
         params = SamplingParams(
             temperature=0.0 if greedy else self.rollout.temperature,
@@ -184,46 +197,87 @@ class GeneratorEngine:
         Raises:
             WeightSyncError: names version and tensor, or the canary's difference.
         """
-        if self._pending:
-            raise WeightSyncError(f"version {version} cannot be loaded while {len(self._pending)} requests are running")
-        started = time.perf_counter()
         staged = weight_sync.StagedShards(shards) if self.staged else None
         try:
-            self.llm.start_weight_update()
-            payload = {"version": version, "shards": staged.info if staged else shards}
-            self.llm.update_weights({"update_info": payload})
-            self.llm.finish_weight_update(weight_version=str(version))
+            self.start_weight_update()
+            self.update_weights({"version": version, "shards": staged.info if staged else shards})
+            self.finish_weight_update(version)
         finally:
             if staged:
                 staged.release()
+        return self.gate(version, canary_ids, expected)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Connect to the learner; ``init_info`` is the transport's own."""
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Begin an update, between two steps; nothing may be running.
+
+        Raises:
+            WeightSyncError: requests are running, or tensor-parallel workers failed in an earlier update.
+        """
+        if self._pending:
+            raise WeightSyncError(f"weights cannot be loaded while {len(self._pending)} requests are running")
+        if self._broken:
+            raise WeightSyncError(f"the workers have failed in an earlier update, start them anew: {self._broken}")
+        self._verified = False
+        self._update = SyncRecord(FROM_DISK, 0, 0, load_seconds=-time.perf_counter())
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """One payload of the transport.
+
+        Raises:
+            WeightSyncError: names version and tensor.
+        """
+        nbytes, tensors = weight_sync.payload_size(update_info)
+        self._update.nbytes += nbytes
+        self._update.tensors += tensors
+        try:
+            self.llm.update_weights({"update_info": update_info})
+        except RuntimeError as error:
+            if not self.staged:
+                raise
+            # The executor of vLLM 0.32 stops at the first worker that fails and takes the answers of the others for
+            # those of the next call.
+            self._broken = str(error)
+            raise WeightSyncError(str(error)) from error
+
+    def finish_weight_update(self, version: int) -> None:
+        """The last payload is in; :meth:`gate` must pass before anything is sampled."""
+        self.llm.finish_weight_update(weight_version=str(version))
         # Frees the cache of the old version; cache_salt keeps versions apart even where this cannot.
         self.llm.reset_prefix_cache()
-        self.version = version
-        loaded = time.perf_counter()
-        record = SyncRecord(version, sum(s.nbytes for s in shards), sum(len(s.names) for s in shards))
-        self._gate(record, canary_ids, expected)
-        record.load_seconds = loaded - started
-        record.verify_seconds = time.perf_counter() - loaded
-        return record
+        self._update.version = version
+        self._update.load_seconds += time.perf_counter()
 
-    def _gate(self, record: SyncRecord, canary_ids: np.ndarray, expected: np.ndarray) -> None:
-        if self.llm.get_weight_version() != str(record.version):
-            raise WeightSyncError(f"vLLM reports weights {self.llm.get_weight_version()}, expected {record.version}")
+    def gate(self, version: int, canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
+        """Compare the canary under the new weights with the learner's; arguments and error as of :meth:`load`."""
+        record, started = self._update, time.perf_counter()
+        reported = self.llm.get_weight_version()
+        if not record.version == version or reported != str(version):
+            raise WeightSyncError(f"version {version} is expected, {record.version} was loaded, vLLM has {reported}")
         found = self.canary(canary_ids)
         record.canary_diff = float(np.abs(found - expected).max())
         if self._canary_old is not None:
             record.canary_diff_old = float(np.abs(self._canary_old - expected).max())
+        record.verify_seconds = time.perf_counter() - started
         if not record.canary_diff <= self.tolerance:  # also catches NaN
             raise WeightSyncError(
-                f"canary of version {record.version}: log-probabilities of learner and generator differ by "
+                f"canary of version {version}: log-probabilities of learner and generator differ by "
                 f"{record.canary_diff:.3g}, allowed are {self.tolerance:.3g} ({self.dtype})"
             )
         self._canary_old = found
+        self.version = version
+        self._verified = True
+        return record
 
     def canary(self, token_ids: np.ndarray) -> np.ndarray:
         """``[C - 1]`` log-probabilities of ``token_ids[1:]`` under the current weights."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"canary-{self.version}"}
+        # Weights that failed the gate and the next attempt may have one version, so the version is no salt here.
+        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"canary-{time.monotonic_ns()}"}
         self.engine.add_request("canary", prompt, params)
         while True:
             for out in self.engine.step():

@@ -21,8 +21,8 @@ def summarize(
     """Summarise samples whose scores are joined in.
 
     Args:
-        table: ``schema.ROLLOUT``, sorted by group and sample, with ``score``, ``score/NAME`` (components of the reward) and
-            ``metric/NAME`` (other figures) as far as they were computed.
+        table: ``schema.ROLLOUT``, sorted by group and sample; with ``score``, ``score/NAME`` (components of the
+            reward) and ``metric/NAME`` (other figures) as far as they were computed.
         prompts: ``schema.PROMPT``.
         group_by: field of the source rows.
         n_samples: samples per prompt.

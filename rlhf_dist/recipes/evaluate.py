@@ -74,8 +74,7 @@ def evaluate(run: Run, model_path: str) -> None:
     metrics = groups.evaluation_metrics(run)
     trained = any(c.model == "trained" for c in run.cfg.reward.components)
     reward = None if trained else groups.reward(run, None)
-    started = {"generator": generators, "experience": experience, "reward": reward, "metrics": metrics}
-    run.start(**{name: group for name, group in started.items() if group is not None})
+    run.start(generator=generators, experience=experience, reward=reward, metrics=metrics)
     evaluator = Evaluator(run, generators, experience, reward=reward, metrics=metrics)
     result = evaluator("policy", 0)
     show(run, {"policy": result})

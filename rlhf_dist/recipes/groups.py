@@ -19,6 +19,7 @@ from rlhf_dist.actors.scorer import (
     scorer_group,
 )
 from rlhf_dist.config import LearnerConfig, OptimConfig, ReplicaConfig, RewardComponent
+from rlhf_dist.observability.trace import Span
 from rlhf_dist.run import Run
 
 
@@ -45,6 +46,9 @@ class GeneratorGroup:
 
     def wait_ready(self) -> None:
         self.group.wait_ready()
+
+    def spans(self) -> list[Span]:
+        return self.group.spans()
 
     def release(self) -> None:
         self.group.release()
@@ -81,6 +85,8 @@ def learner(
         max_response_length=cfg.rollout.max_response_length,
         shard_mb=cfg.weight_sync.shard_mb,
         pad_id=run.pad_id,
+        transport=cfg.weight_sync.transport,
+        generator_workers=cfg.generator.tensor_parallel_size,
         # The canary and the token after it must fit into the generator's context.
         canary_length=min(CANARY_LENGTH, cfg.rollout.max_prompt_length + cfg.rollout.max_response_length - 1),
     )
@@ -90,7 +96,6 @@ def learner(
 def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[LearnerGroup, LearnerGroup | None]:
     """PPO's learners; the critic only where the estimator needs one."""
     cfg = run.cfg
-    common = {"micro_batch_tokens": cfg.train.micro_batch_tokens, "packing": cfg.train.packing}
     policy = learner(
         run,
         "policy",
@@ -100,7 +105,8 @@ def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[Lear
         placement=cfg.policy.learner,
         optim=cfg.policy.optim,
         total_steps=cfg.updates_per_step * (cfg.train.steps - cfg.critic.warmup_steps),
-        **common,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+        packing=cfg.train.packing,
     )
     if not cfg.uses_critic:
         return policy, None
@@ -113,7 +119,8 @@ def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[Lear
         placement=cfg.critic.learner,
         optim=cfg.critic.optim,
         total_steps=cfg.updates_per_step * cfg.train.steps,
-        **common,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+        packing=cfg.train.packing,
     )
     return policy, critic
 

@@ -20,6 +20,7 @@ from rlhf_dist.actors.dispatch import RolloutBatch, RolloutStream
 from rlhf_dist.actors.experience import ScoreScale
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.data.prompts import PromptOrder, minibatches
+from rlhf_dist.observability.trace import Trace
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.evaluate import Evaluator, show
 from rlhf_dist.run import Run
@@ -34,9 +35,15 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     reference = groups.reference(run, model_path) if cfg.uses_reference else None
     experience = groups.experience(run)
     metrics = groups.evaluation_metrics(run)
-    started = {"generator": generators, "policy": policy, "critic": critic, "reward": reward, "reference": reference}
-    started |= {"experience": experience, "metrics": metrics}
-    run.start(**{name: group for name, group in started.items() if group is not None})
+    run.start(
+        generator=generators,
+        policy=policy,
+        critic=critic,
+        reward=reward,
+        reference=reference,
+        experience=experience,
+        metrics=metrics,
+    )
 
     prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
     run.note_rows("prompts", report)
@@ -56,7 +63,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
 
     with run.terminal.stage("ppo", cfg.train.steps) as bar:
         for step in run.steps():
-            clock = StepClock(run)
+            clock = StepClock(run.trace)
             rollouts = stream.next_batch()
             scores = reward.score(rollouts, prompts)  # } the stages run at once, chunk by chunk,
             old = policy.logprobs(rollouts)  # } each chunk as soon as it is generated
@@ -95,7 +102,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     show(run, {"sft": before, "ppo": after})
     policy.export(run.path("policy"), run.tokenizer_dir)
     experience.flush()
-    run.collect_spans([g.group for g in started.values() if hasattr(g, "group")])
+    run.collect_spans()
     run.finish_stage()
     return run.path("policy")
 
@@ -103,8 +110,8 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
 class StepClock:
     """Seconds of the phases of one step, as the driver sees them."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
         self.began = self.last = time.time()
         self.phases: dict[str, float] = {}
 
@@ -112,7 +119,7 @@ class StepClock:
         """The phase that just ended."""
         now = time.time()
         self.phases[phase] = now - self.last
-        self.run.trace.add([{"name": phase, "process": "driver", "start": self.last, "end": now, "args": {}}])
+        self.trace.add([{"name": phase, "process": "driver", "start": self.last, "end": now, "args": {}}])
         self.last = now
 
     @property

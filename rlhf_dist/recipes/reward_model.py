@@ -48,7 +48,7 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
     run.summary.set("reward_model.comparisons", report["rows"])
     report_accuracy(run, learner, test)
     learner.export(run.path("reward_model"), run.tokenizer_dir)
-    run.collect_spans([learner.group])
+    run.collect_spans()
     run.finish_stage()
     return run.path("reward_model")
 

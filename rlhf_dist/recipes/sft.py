@@ -32,6 +32,6 @@ def sft(run: Run, model_path: str) -> str:
     run.summary.set("sft.loss", last["loss"])
     run.summary.set("sft.demonstrations", report["rows"])
     learner.export(run.path("sft"), run.tokenizer_dir)
-    run.collect_spans([learner.group])
+    run.collect_spans()
     run.finish_stage()
     return run.path("sft")

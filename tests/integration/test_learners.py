@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 MODEL = {**LLAMA, "hidden_size": 128, "intermediate_size": 160, "num_attention_heads": 4, "initializer_range": 0.1}
 VOCAB = 128
 SHAPE = [(3, 9), (2, 4), (5, 6), (1, 2), (4, 1), (2, 8), (6, 5)]
-BUDGET = 14
+BUDGET = 20
 ALGO = AlgoConfig(entropy_coef=0.01, use_kl_loss=True, kl_estimator="k3")
 # A large epsilon: with Adam's usual one the first step of a parameter whose gradient is rounding noise is a coin toss.
 OPTIM = OptimConfig(lr=1e-3, schedule="constant", warmup_ratio=0, eps=1e-3, max_grad_norm=0.5)
@@ -179,7 +179,6 @@ def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:
     """Else nothing here would exercise the dummies."""
     lengths = sequence_lengths(table_of("policy"))
     plans = [micro_batches(lengths, 2, rank, BUDGET) for rank in range(2)]
-    assert sorted(sum(1 for part in plan if part) for plan in plans) == [4, 5] or [] in plans[0] + plans[1]
     assert [] in plans[0] + plans[1]
 
 
@@ -208,8 +207,8 @@ def test_a_sharded_reference_gives_what_a_replica_gives(folders: Path) -> None:
     arguments = (str(folders / "policy"), ModelConfig(path="-"), 0.8, BUDGET, 0)
     replica = Group("reference", Reference, 1, Resources(1), lambda _: arguments, strategy="PACK", seconds=SECONDS)
     replica.wait_ready()
-    [part] = ray.get(ReferenceGroup(replica).logprobs(one_chunk(table)).parts)[0:1] or [[]]
-    one = join(table, ray.get(part) if isinstance(part, list) else [part], "reference")
+    [part] = ReferenceGroup(replica).logprobs(one_chunk(table)).parts
+    one = join(table, ray.get(part), "reference")
     replica.release()
     with running(spec_of(folders, None, 2, 3)) as group:
         [parts] = group.logprobs(one_chunk(table), "ref_logprobs").parts
@@ -256,7 +255,8 @@ def test_bfloat16_learns(folders: Path) -> None:
 def test_threads_are_those_of_the_resources(folders: Path) -> None:
     """OMP_NUM_THREADS must be in the actor's environment before it imports torch; the shell's own must not win."""
     spec = spec_of(folders, None, 1, 3)
-    for cpus, threads in ((0.4, 1), (3.0, 3)):
+    # OpenMP gives no more threads than there are cores.
+    for cpus, threads in ((0.4, 1), (2.0, min(2, os.cpu_count() or 1))):
         group = LearnerGroup(replace(spec, learner=LearnerConfig(cpus=cpus, zero_stage=3)), "PACK", SECONDS).start()
         [about] = group.wait_ready()
         group.release()

@@ -24,6 +24,7 @@ LAYERS = [
     ("data",),
     ("algorithms",),
     ("schema",),
+    ("config_docs",),
     ("config", "config_io"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
