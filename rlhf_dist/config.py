@@ -589,8 +589,9 @@ class Config(Section):
                 f"weight_sync.transport={self.weight_sync.transport} needs GPUs in policy.learner and generator; "
                 "on CPUs use object_store"
             )
-        if self.train.packing and self.model.attention != "flash_attention_2":
+        packed = [name for name in ("train", "sft", "reward_model") if getattr(self, name).packing]
+        if packed and self.model.attention != "flash_attention_2":
             raise ValueError(
-                f"train.packing=true needs model.attention=flash_attention_2, got {self.model.attention}; "
+                f"{packed[0]}.packing=true needs model.attention=flash_attention_2, got {self.model.attention}; "
                 "without it packed samples cost the square of their sum"
             )

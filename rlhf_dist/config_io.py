@@ -1,6 +1,6 @@
 """Reads, merges and validates a config; turns every mistake into one clear message.
 
->>> load("configs/world.yaml", ["train.steps=20"])
+>>> load("configs/world_grpo.yaml", ["train.steps=20"])
 
 Sources, later ones win: the embedded default (no file given), the YAML file,
 the overrides. Errors name key, value, source and the nearest valid key.

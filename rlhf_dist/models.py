@@ -35,7 +35,10 @@ class PolicyModule(nn.Module):
         self.model = model
         self.temperature = temperature
 
-    def forward(self, batch: Batch, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, batch: Batch, entropy: bool = False, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        temperature = self.temperature if temperature is None else temperature
         # Logits only from the first index that predicts a response token on: [B, T - first, V].
         keep = batch.input_ids.shape[1] - batch.first_label
         logits = self.model(
@@ -49,12 +52,12 @@ class PolicyModule(nn.Module):
         where = batch.response[:, batch.first_label :]
         chosen = logits[where]
         labels = batch.labels[:, batch.first_label :][where]
-        values = token_logprobs(chosen, labels, self.temperature)
+        values = token_logprobs(chosen, labels, temperature)
         # A dummy has no response token; adding 0 * logits keeps the backward pass, and its collectives, alive.
         logprobs = _scatter(values, batch.response) + (0.0 * logits.float().sum() if values.numel() == 0 else 0.0)
         if not entropy:
             return logprobs, None
-        return logprobs, _scatter(entropy_from_logits(chosen.float() / self.temperature), batch.response)
+        return logprobs, _scatter(entropy_from_logits(chosen.float() / temperature), batch.response)
 
 
 class ScalarModule(nn.Module):

@@ -45,7 +45,7 @@ class LearnerSpec:
     packing: bool = False
     total_steps: int = 1
     temperature: float = 1.0
-    algo: AlgoConfig | None = None
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
     max_response_length: int = 1
     shard_mb: float = 256
     pad_id: int = 0
@@ -145,15 +145,28 @@ class LearnerWorker(Worker):
         return metrics
 
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
-        """``row``, ``correct`` (score of the chosen side is higher) of this rank's pairs."""
-        rows, correct = [], []
+        """Of this rank's pairs: ``source``, ``correct`` (the chosen side scores higher), and what "longer wins" says.
+
+        ``longer_wins`` is 1 if the chosen side has more tokens, ½ if both have equally many.
+        """
+        from rlhf_dist.data.batching import Ragged
+
+        rows: list[int] = []
+        correct: list[bool] = []
         self.engine.train(False)
         with self.torch.no_grad():
             for batch in self._micro_batches(table, np.arange(table.num_rows)):
                 scores = self.engine(batch).reshape(-1)[batch.last]
                 rows += batch.rows
                 correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
-        return pa.table({"row": pa.array(rows, pa.int64()), "correct": pa.array(correct, pa.bool_())})
+        longer = (Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths)[rows]
+        return pa.table(
+            {
+                "source": table["source"].take(pa.array(rows, pa.int64())),
+                "correct": pa.array(correct, pa.bool_()).cast(pa.float64()),
+                "longer_wins": pa.array((np.sign(longer) + 1) / 2),
+            }
+        )
 
     def logprobs(self, chunk: pa.Table, column: str) -> pa.Table:
         """``row`` and ``column``: log-probabilities of this rank's rows under the current policy."""
@@ -252,13 +265,10 @@ class LearnerWorker(Worker):
                 "response_ids": pa.array([ids[1:]], pa.list_(pa.int32())),
             }
         )
-        module = self.engine.module
         batch = collate(table, [0], (), self.spec.pad_id, False).to(self.engine.device)
-        temperature, module.temperature = module.temperature, 1.0
         self.engine.train(False)
         with self.torch.no_grad():
-            logprobs, _ = self.engine(batch)
-        module.temperature = temperature
+            logprobs, _ = self.engine(batch, temperature=1.0)
         return ids, batch.gather(logprobs)
 
     def export(self, folder: str, tokenizer_dir: str) -> None:
@@ -368,9 +378,10 @@ class LearnerGroup:
         return {name: sum(p[name] for p in parts) for name in parts[0]}
 
     def pair_outcomes(self, table: ObjectRef) -> pa.Table:
-        """``row``, ``correct`` for every comparison."""
-        parts = wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
-        return pa.concat_tables(parts).sort_by("row")
+        """``source``, ``correct`` and ``longer_wins`` for every comparison."""
+        return pa.concat_tables(
+            wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
+        )
 
     def logprobs(self, batch: RolloutBatch, column: str = "old_logprobs") -> Columns:
         return batch.apply(self.role, lambda chunk: [r.logprobs.remote(chunk, column) for r in self.ranks])

@@ -226,7 +226,7 @@ def _post(component: RewardComponent, texts: _Texts) -> list[Any]:
             with attempt:
                 answer = httpx.post(str(component.url), json=body, headers=headers, timeout=component.timeout)
                 answer.raise_for_status()
-        return answer.json()["scores"]
+        return list(answer.json()["scores"])
     except httpx.HTTPError as error:
         raise ValueError(
             f"reward {component.name!r}: {component.url} failed: {error or type(error).__name__}"

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
@@ -55,8 +53,7 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
 
 def report_accuracy(run: Run, learner: LearnerGroup, test: ObjectRef) -> None:
     """Accuracy on held-out pairs, overall and by source, beside "the longer answer wins"."""
-    outcomes = learner.pair_outcomes(test)
-    pairs = longer_wins(ray.get(test)).append_column("correct", outcomes["correct"].cast(pa.float64()))
+    pairs = learner.pair_outcomes(test)
     rows: list[list[Any]] = []
     for source in ["all", *sorted(set(pairs["source"].to_pylist()))]:
         part = pairs if source == "all" else pairs.filter(pc.equal(pairs["source"], source))
@@ -69,16 +66,3 @@ def report_accuracy(run: Run, learner: LearnerGroup, test: ObjectRef) -> None:
     if len(rows) == 2:  # one source only: its row says nothing new
         rows.pop()
     run.terminal.table("Reward model on held-out pairs", ["source", "pairs", "accuracy", "longer answer wins"], rows)
-
-
-def longer_wins(table: pa.Table) -> pa.Table:
-    """``source`` and ``longer_wins`` of every pair: 1 if the chosen side has more tokens, ½ if both have equally many.
-
-    Reads lengths alone, and none of the tokens.
-    """
-    chosen = pc.list_value_length(table["chosen_ids"])
-    rejected = pc.list_value_length(table["rejected_ids"])
-    ties = pc.multiply(pc.equal(chosen, rejected).cast(pa.float64()), 0.5)
-    return pa.table(
-        {"source": table["source"], "longer_wins": pc.add(pc.greater(chosen, rejected).cast(pa.float64()), ties)}
-    )

@@ -158,9 +158,7 @@ SLOW = pytest.mark.slow
         pytest.param("pairwise", 3, marks=SLOW),
     ],
 )
-def test_two_ranks_do_what_one_does(
-    objective: str, stage: int, one_rank: Any, folders: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_do_what_one_does(objective: str, stage: int, one_rank: Any, folders: Path, tmp_path: Path) -> None:
     expected = one_rank(objective)
     found = train(spec_of(folders, objective, 2, stage), folders, tmp_path)
     for step, (ours, theirs) in enumerate(zip(found.steps, expected.steps, strict=True)):

@@ -124,7 +124,10 @@ UP_PROJ = "model.layers.0.mlp.up_proj.weight"
 FAULTS: dict[str, tuple[Callable[[list[Shard]], list[Shard]], str]] = {
     "flipped byte": (flipped_byte, r"version {v} with .* from model\.layers.* do not match their digest"),
     "wrong version": (wrong_version, r"model.* is of version {old}, expected version {v}"),
-    "swapped names": (swapped_names, r"version {v} with .* from model\.layers.* to model\.layers.* do not match their digest"),
+    "swapped names": (
+        swapped_names,
+        r"version {v} with .* from model\.layers.* to model\.layers.* do not match their digest",
+    ),
     "missing": (
         lambda s: renamed(s, s[0].version, lambda n, t: [] if n == K_PROJ else [(n, t)]),
         rf"version {{v}}: tensor {K_PROJ} is missing",

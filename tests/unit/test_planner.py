@@ -151,9 +151,7 @@ def test_data_files(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("gpu_*.yaml")), ids=lambda p: p.stem)
-def test_dry_run_accepts_the_gpu_configs_where_there_is_no_gpu(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_accepts_the_gpu_configs_where_there_is_no_gpu(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--config", str(file), "--dry-run"])
     text = capsys.readouterr()
     missing = [line for line in (text.out + text.err).splitlines() if "no such" in line or "no folder" in line]

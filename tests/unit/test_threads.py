@@ -1,0 +1,36 @@
+"""Threads by CPUs, and no spinning: what every actor gets in its environment before it imports torch.
+
+That it arrives there is in ``tests/integration/test_learners.py``, with a real actor.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_dist.actors import group
+from rlhf_dist.actors.group import Resources
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0, "1"), (0.3, "1"), (1, "1"), (1.9, "1"), (2, "2"), (8, "8")])
+def test_threads_are_whole_cpus_and_at_least_one(cpus: float, threads: str) -> None:
+    environment = Resources(cpus).environment("policy-0")
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == threads
+
+
+def test_threads_wait_without_spinning() -> None:
+    environment = Resources(1).environment("policy-0")
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_every_process_has_its_own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("/" in value for value in Resources(1).environment("policy-0").values())
+    monkeypatch.setattr(group, "log_dir", "/runs/x/logs")
+    logs = [set(Resources(1).environment(f"policy-{i}").values()) for i in range(2)]
+    assert "/runs/x/logs/policy-0.log" in logs[0]
+    assert "/runs/x/logs/policy-1.log" in logs[1]
+
+
+def test_bundles_hold_what_is_asked_for() -> None:
+    assert Resources(0.5).bundle() == {"CPU": 0.5}
+    assert Resources(1, 2, {"generator": 1}).bundle() == {"CPU": 1, "GPU": 2, "generator": 1}
