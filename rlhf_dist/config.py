@@ -562,7 +562,8 @@ class Config(Section):
             )
         if self.critic.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"critic.warmup_steps={self.critic.warmup_steps} leaves the policy none of train.steps={self.train.steps}"
+                f"critic.warmup_steps={self.critic.warmup_steps} leaves the policy none of "
+                f"train.steps={self.train.steps}"
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")

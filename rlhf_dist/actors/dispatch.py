@@ -140,7 +140,7 @@ def generate(
     for i, generator in enumerate(generators):
         part = list(groups[i :: len(generators)])
         if part:
-            stream = generator.generate.remote(prompts, part, n, greedy)
+            stream: Any = generator.generate.remote(prompts, part, n, greedy)
             threading.Thread(target=_read, args=(stream, batch, f"generator {i}"), daemon=True).start()
     return batch
 

@@ -87,7 +87,7 @@ def pack(version: int, tensors: Iterable[tuple[str, Tensor]]) -> Shard:
 
 
 def _digest(header: bytes, data: np.ndarray) -> bytes:
-    return blake3(header).update(data).digest(16)
+    return blake3(header).update(data.data).digest(16)
 
 
 def _view(buffer: Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 from rlhf_dist.config import GeneratorConfig, ModelConfig, RolloutConfig, WeightSyncConfig
@@ -165,7 +166,7 @@ class GeneratorEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         # A cache entry of another version would mix policies inside one sample.
-        prompt = {"prompt_token_ids": prompt_ids.tolist(), "cache_salt": str(self.version)}
+        prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist(), cache_salt=str(self.version))
         self.engine.add_request(request, prompt, params)
         self._pending[request] = _Pending(prompt_id, group_id, sample_index, prompt_ids, self.version)
 
@@ -277,15 +278,13 @@ class GeneratorEngine:
         """``[C - 1]`` log-probabilities of ``token_ids[1:]`` under the current weights."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         # Weights that failed the gate and the next attempt may have one version, so the version is no salt here.
-        prompt = {"prompt_token_ids": token_ids.tolist(), "cache_salt": f"canary-{time.monotonic_ns()}"}
+        prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"canary-{time.monotonic_ns()}")
         self.engine.add_request("canary", prompt, params)
-        while True:
-            for out in self.engine.step():
-                if out.finished:
-                    wanted = token_ids[1:].tolist()
-                    return np.array(
-                        [p[t].logprob for p, t in zip(out.prompt_logprobs[1:], wanted, strict=True)], np.float32
-                    )
+        finished: list[Any] = []
+        while not finished:
+            finished = [out for out in self.engine.step() if out.finished]
+        positions = finished[0].prompt_logprobs[1:]  # nothing precedes the first token
+        return np.array([p[int(t)].logprob for p, t in zip(positions, token_ids[1:], strict=True)], np.float32)
 
 
 def _device_options(generator: GeneratorConfig, context: int) -> dict[str, Any]:

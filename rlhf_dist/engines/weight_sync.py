@@ -155,7 +155,8 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
                     yield current, tensor.to(self.device)
 
         try:
-            loaded = self.model.load_weights(tensors())
+            model: Any = self.model  # every model of vLLM has load_weights; nn.Module does not say so
+            loaded = model.load_weights(tensors())
         except Exception as error:
             raise WeightSyncError(f"version {version}: vLLM does not load tensor {current}: {error}") from error
         if loaded is None:  # a model that does not say what it filled: the canary alone must tell
@@ -202,7 +203,8 @@ def _repack_tied_heads(model: torch.nn.Module) -> None:
         if not isinstance(weight, Tensor) or weight.numel() == 0:
             continue
         if weight.data_ptr() in seen and hasattr(module, "quant_method"):
-            module.quant_method.process_weights_after_loading(module)
+            method: Any = module.quant_method
+            method.process_weights_after_loading(module)
         seen.add(weight.data_ptr())
 
 

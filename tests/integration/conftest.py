@@ -10,8 +10,12 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Ray writes a token to ``~/.ray`` and other libraries their caches: for these tests ``~`` is a folder of ours."""
+    """Ray writes a token to ``~/.ray``: for these tests ``~`` is a folder of ours."""
     home = tmp_path_factory.mktemp("home")
+    # What DeepSpeed and vLLM compile on first use is kept: it takes the better part of a minute.
+    cache = Path.home() / ".cache"
+    cache.mkdir(exist_ok=True)
+    (home / ".cache").symlink_to(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))
         patch.setenv("RAY_AUTH_MODE", "disabled")

@@ -155,5 +155,5 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(load, tmp_path: Path) -> N
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="expected a folder with config.json"):
+    with pytest.raises(ValueError, match=r"expected a folder with config\.json"):
         load_policy(str(tmp_path), "float32", "sdpa")

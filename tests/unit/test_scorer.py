@@ -191,9 +191,7 @@ def server() -> Iterator[Any]:
     thread.join()
 
 
-def test_an_endpoint_that_stumbles_once(
-    server: Any, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endpoint_that_stumbles_once(server: Any, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCORE_TOKEN", "sesame")
     server.answers.insert(0, (500, "busy"))
     process = scorer(tokenizer_dir, {"url": server.url, "headers": {"Authorization": "Bearer $SCORE_TOKEN"}})
