@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import json
-import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +14,7 @@ from ray import ObjectRef
 from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.rewards import FunctionProcess, Texts, checked, post
 from rlhf_dist.config import ModelConfig, RewardComponent
 from rlhf_dist.observability.trace import Span
 
@@ -73,12 +70,12 @@ class Scorer(Worker):
         Raises:
             ValueError: a component returned the wrong number of scores, or one that is not a finite number.
         """
-        texts = _Texts(chunk, prompts, self.tokenizer)
+        texts = Texts(chunk, prompts, self.tokenizer)
         total = np.zeros(chunk.num_rows)
         columns: dict[str, pa.Array] = {}
         for component, score_with in zip(self.components, self.score_with, strict=True):
             with self.trace.span(self.name, component.name):
-                scores = _checked(score_with(chunk, texts), component.name, texts)
+                scores = checked(score_with(chunk, texts), component.name, texts)
             total += component.weight * scores
             columns[f"{'score' if with_sum else 'metric'}/{component.name}"] = pa.array(scores, pa.float32())
         if with_sum:
@@ -87,19 +84,19 @@ class Scorer(Worker):
 
     def _prepare(
         self, component: RewardComponent, model: ModelConfig, max_tokens: int, pad_id: int
-    ) -> Callable[[pa.Table, _Texts], Any]:
+    ) -> Callable[[pa.Table, Texts], Any]:
         if component.function:
-            function = _FunctionProcess(component.function, component.timeout, component.name)
+            function = FunctionProcess(component.function, component.timeout, component.name)
             return lambda chunk, texts: function(texts)
         if component.url:
-            return lambda chunk, texts: _post(component, texts)
+            return lambda chunk, texts: post(component, texts)
         from rlhf_dist import models
 
         assert component.model is not None
         scalar = models.load_scalar(component.model, model.dtype, model.attention, model.trust_remote_code)
         forward = _Forward(models.ScalarModule(scalar), max_tokens, pad_id)
 
-        def score(chunk: pa.Table, texts: _Texts) -> np.ndarray:
+        def score(chunk: pa.Table, texts: Texts) -> np.ndarray:
             scores = np.empty(chunk.num_rows, np.float32)
             for batch, out in forward(chunk):
                 scores[batch.rows] = out.reshape(-1)[batch.last].float().cpu().numpy()
@@ -128,111 +125,6 @@ class _Forward:
             for rows in micro_batches(sequence_lengths(chunk), 1, 0, self.max_tokens):
                 batch = collate(chunk, rows, (), self.pad_id).to(self.device)
                 yield batch, self.module(batch)
-
-
-class _Texts:
-    """What functions and endpoints see of a chunk: prompts, responses without special tokens, source rows."""
-
-    def __init__(self, chunk: pa.Table, prompts: pa.Table, tokenizer: Any) -> None:
-        rows = chunk["prompt_id"].to_numpy()
-        picked = prompts.select(["prompt", "fields"]).take(rows)
-        self.prompts: list[str] = picked["prompt"].to_pylist()
-        self.fields: list[dict[str, Any]] = [json.loads(f) for f in picked["fields"].to_pylist()]
-        self.responses: list[str] = tokenizer.batch_decode(chunk["response_ids"].to_pylist(), skip_special_tokens=True)
-
-
-def _checked(scores: Any, name: str, texts: _Texts) -> np.ndarray:
-    values = list(scores)
-    if len(values) != len(texts.prompts):
-        raise ValueError(f"reward {name!r} returned {len(values)} scores for {len(texts.prompts)} samples")
-    for i, value in enumerate(values):
-        if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise ValueError(
-                f"reward {name!r} returned {value!r} for sample {i}; expected a finite number. "
-                f"Prompt {texts.prompts[i][-80:]!r}, response {texts.responses[i][:80]!r}"
-            )
-    return np.asarray(values, np.float64)
-
-
-def load_function(name: str) -> Callable[..., Sequence[float]]:
-    """``package.module:function``.
-
-    Raises:
-        ValueError: the module cannot be imported, or has no such function.
-    """
-    module_name, _, function = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"function {name!r}: cannot import {module_name}: {error}") from None
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"function {name!r}: module {module_name} has no function {function!r}")
-    return found
-
-
-def _call(name: str, prompts: list[str], responses: list[str], fields: list[dict[str, Any]]) -> list[Any]:
-    return list(load_function(name)(prompts, responses, fields))
-
-
-class _FunctionProcess:
-    """A Python reward in a process of its own, which is killed at the time limit."""
-
-    def __init__(self, function: str, timeout: float, name: str) -> None:
-        import multiprocessing
-
-        from pebble import ProcessPool
-
-        load_function(function)  # fail at the start, not at the first batch
-        self.function, self.timeout, self.name = function, timeout, name
-        self.pool = ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
-
-    def __call__(self, texts: _Texts) -> list[Any]:
-        from concurrent.futures import TimeoutError
-
-        future = self.pool.schedule(
-            _call, args=(self.function, texts.prompts, texts.responses, texts.fields), timeout=self.timeout
-        )
-        try:
-            return future.result()
-        except TimeoutError:
-            raise ValueError(
-                f"reward {self.name!r}: {self.function} took longer than {self.timeout:g} s "
-                f"for {len(texts.prompts)} samples"
-            ) from None
-        except Exception as error:
-            raise ValueError(f"reward {self.name!r}: {self.function} raised {type(error).__name__}: {error}") from error
-
-
-def _post(component: RewardComponent, texts: _Texts) -> list[Any]:
-    """Scores from an HTTP endpoint; network errors and 5xx answers are tried again, with growing pauses and jitter."""
-    import httpx
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-    def passing(error: BaseException) -> bool:
-        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
-        return isinstance(error, httpx.TransportError) or (status is not None and status >= 500)
-
-    headers = {k: os.path.expandvars(v) for k, v in component.headers.items()}
-    body = {"prompts": texts.prompts, "responses": texts.responses, "fields": texts.fields}
-    retrying = Retrying(
-        retry=retry_if_exception(passing),
-        stop=stop_after_attempt(component.retries + 1),
-        wait=wait_random_exponential(multiplier=0.2, max=30),
-        reraise=True,
-    )
-    try:
-        for attempt in retrying:
-            with attempt:
-                answer = httpx.post(str(component.url), json=body, headers=headers, timeout=component.timeout)
-                answer.raise_for_status()
-        return list(answer.json()["scores"])
-    except httpx.HTTPError as error:
-        raise ValueError(
-            f"reward {component.name!r}: {component.url} failed: {error or type(error).__name__}"
-        ) from None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'reward {component.name!r}: {component.url} did not answer {{"scores": [...]}}') from None
 
 
 class ReferenceGroup:

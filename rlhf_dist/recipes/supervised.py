@@ -6,7 +6,8 @@ import time
 
 from ray import ObjectRef
 
-from rlhf_dist.actors.learner import LearnerGroup, PendingStats
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.data.prompts import minibatches
 from rlhf_dist.run import Run
 

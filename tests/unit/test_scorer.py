@@ -16,7 +16,8 @@ from ray.exceptions import RayTaskError
 from tiny import rollouts
 
 from rlhf_dist import schema
-from rlhf_dist.actors.scorer import Scorer, load_function
+from rlhf_dist.actors.rewards import load_function
+from rlhf_dist.actors.scorer import Scorer
 from rlhf_dist.actors.waiting import WorkerFailed, from_task_error
 from rlhf_dist.config import ModelConfig, RewardComponent
 from rlhf_dist.data.tokenization import save_tokenizer

@@ -1,0 +1,51 @@
+"""Figures of updates that are still running, and how the shares of the ranks add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ray import ObjectRef
+
+from rlhf_dist.actors.waiting import wait_for
+
+
+@dataclass
+class PendingStats:
+    """Metrics of updates that are still running; ``a | b`` joins those of two groups."""
+
+    parts: list[tuple[str, list[ObjectRef]]] = field(default_factory=list)
+
+    def __or__(self, other: PendingStats) -> PendingStats:
+        return PendingStats(self.parts + other.parts)
+
+    def steps(self) -> list[dict[str, float]]:
+        """One dict for each optimizer step (of the first group)."""
+        role, refs = self.parts[0]
+        return reduce_ranks(wait_for(refs, f"{role}, updating"))
+
+    def result(self) -> dict[str, float]:
+        """Means over the optimizer steps, as ``train/NAME``. Names that two groups share: the critic's get a prefix."""
+        metrics: dict[str, float] = {}
+        for role, refs in self.parts:
+            steps = reduce_ranks(wait_for(refs, f"{role}, updating"))
+            for name in steps[0]:
+                key = (
+                    f"train/critic_{name}"
+                    if role == "critic" and name in ("lr", "grad_norm", "loss")
+                    else f"train/{name}"
+                )
+                metrics[key] = sum(s[name] for s in steps) / len(steps)
+        if "train/_r2" in metrics:
+            r1, r2, e1, e2 = (metrics.pop(f"train/_{name}") for name in ("r1", "r2", "e1", "e2"))
+            variance = r2 - r1**2
+            metrics["train/explained_variance"] = 1 - (e2 - e1**2) / variance if variance > 1e-12 else 0.0
+        return metrics
+
+
+def reduce_ranks(ranks: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Shares of all ranks to global figures, for each optimizer step."""
+    shared = ("lr", "grad_norm")
+    return [
+        {name: step[0][name] if name in shared else sum(rank[name] for rank in step) for name in step[0]}
+        for step in zip(*ranks, strict=True)
+    ]
