@@ -61,7 +61,11 @@ class Job:
         self.output = ""
 
     def wait(self, seconds: float = 400) -> Job:
-        self.output, _ = self.process.communicate(timeout=seconds)
+        try:
+            self.output, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            state = "still running" if self.process.poll() is None else "gone, but something holds its output open"
+            raise AssertionError(f"after {seconds:g} s: {state}; {self.processes()}; output {error.output!r}") from None
         return self
 
     @property
