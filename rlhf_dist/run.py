@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,17 +185,25 @@ class Run:
         """Wait for groups whose processes are starting side by side, and show who is up; None is nobody."""
         present = {name: group for name, group in groups.items() if group is not None}
         self._groups += present.values()
-        # A thread for each, so that every group is shown the moment it is up. Whoever fails or is interrupted does
-        # not wait for the others.
-        pool = ThreadPoolExecutor(len(present))
-        try:
-            with self.terminal.starting(dict.fromkeys(present, 1)) as starting:
-                names = {pool.submit(group.wait_ready): name for name, group in present.items()}
-                for future in as_completed(names):
-                    future.result()
-                    starting.ready(names[future])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        finished: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
+
+        def wait(name: str, group: Startable) -> None:
+            try:
+                group.wait_ready()
+                finished.put((name, None))
+            except BaseException as error:  # noqa: BLE001  (raised below, in the thread of the run)
+                finished.put((name, error))
+
+        # A thread for each, so that every group is shown the moment it is up. Daemons: Python waits for all others
+        # at its exit, a thread pool's included, and a run that failed or was interrupted must not wait for the rest.
+        for item in present.items():
+            threading.Thread(target=wait, args=item, daemon=True).start()
+        with self.terminal.starting(dict.fromkeys(present, 1)) as starting:
+            for _ in present:
+                name, error = finished.get()
+                if error is not None:
+                    raise error
+                starting.ready(name)
 
     def finish_stage(self) -> None:
         """Release every group that was started."""

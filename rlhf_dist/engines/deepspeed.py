@@ -26,6 +26,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_dist.config import LearnerConfig, OptimConfig
 
+#: DeepSpeed's name of an operation that is not wanted; see :func:`init_distributed`.
+SHM_OP = "deepspeed_shm_comm"
+
 
 class NonFiniteError(FloatingPointError):
     """A loss or gradient that is not a number; raised before the optimizer step changes anything."""
@@ -34,6 +37,9 @@ class NonFiniteError(FloatingPointError):
 def init_distributed(rank: int, world: int, address: str, port: int) -> None:
     """Join the group; gloo on CPUs, nccl on GPUs."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    # On CPUs DeepSpeed 0.19.8 compiles a shared-memory all-reduce for inference at first use, which takes a minute and
+    # which training never calls. This table is its own list of operations that can be built here.
+    deepspeed.ops.__compatible_ops__[SHM_OP] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 

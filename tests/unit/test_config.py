@@ -80,8 +80,8 @@ def test_an_empty_mapping_takes_back_what_the_file_says() -> None:
 
 
 def test_a_mapping_as_override_adds_to_the_section() -> None:
-    cfg = load(None, ["train={steps: 3}"])
-    assert cfg.train.steps == 3
+    cfg = load(None, ["train={steps: 30}"])
+    assert cfg.train.steps == 30
     assert cfg.train.batch_size == load().train.batch_size
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 from typing import Any
 
 import numpy as np
@@ -171,3 +173,15 @@ def test_a_margin_asks_for_more_distance() -> None:
     assert without.item() == pytest.approx(np.log1p(np.exp(rejected - chosen)), rel=1e-5)
     assert with_margin > without
     assert float(metrics["accuracy"]) == float(chosen > rejected)
+
+
+def test_deepspeed_still_lists_the_operation_that_is_switched_off() -> None:
+    """``engines.deepspeed.init_distributed`` writes to a table of DeepSpeed's that has no public name."""
+    import deepspeed
+
+    from rlhf_dist.engines.deepspeed import SHM_OP
+
+    assert SHM_OP in deepspeed.ops.__compatible_ops__
+    source = inspect.getsource(importlib.import_module("deepspeed.comm.torch"))
+    assert "ShareMemCommBuilder" in source
+    assert "__compatible_ops__.get(builder.NAME" in source
