@@ -435,6 +435,8 @@ class RewardConfig(ReplicaConfig):
             raise ValueError(f"components must have different names, got {names}")
         if self.sharded and (len(names) > 1 or not self.components[0].model):
             raise ValueError("sharded runs one model over all processes: give exactly one component, with `model`")
+        if self.sharded and self.components[0].weight != 1:
+            raise ValueError(f"sharded knows no weight, got {self.components[0].weight:g}; scale algo.kl_coef instead")
         return self
 
 

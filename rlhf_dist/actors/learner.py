@@ -69,10 +69,13 @@ class LearnerWorker(Worker):
         self._sender: Any = None
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port, for rank 0 to gather the group."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
+        """Host and port where rank 0 gathers the group.
+
+        The port stays open from here on: many seconds pass until the group meets there, and a port that is only
+        looked up may be somebody else's by then.
+        """
+        self.meeting = socket.create_server(("", 0))
+        return ray.util.get_node_ip_address(), self.meeting.getsockname()[1]
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the model; returns pid, number of parameters and vocabulary."""
@@ -82,7 +85,8 @@ class LearnerWorker(Worker):
         from rlhf_dist.engines import deepspeed as engines
 
         spec, m = self.spec, self.spec.model
-        engines.init_distributed(self.rank, self.world, address, port)
+        listening = self.meeting.detach() if self.rank == 0 else None
+        self.store = engines.init_distributed(self.rank, self.world, address, port, listening)
         load = models.load_policy if spec.head == "policy" else models.load_scalar
         model = load(spec.model_path, m.dtype, m.attention, m.trust_remote_code)
         if m.gradient_checkpointing and spec.optim is not None:

@@ -34,14 +34,27 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient that is not a number; raised before the optimizer step changes anything."""
 
 
-def init_distributed(rank: int, world: int, address: str, port: int) -> None:
-    """Join the group; gloo on CPUs, nccl on GPUs."""
+def init_distributed(rank: int, world: int, address: str, port: int, listening: int | None) -> dist.TCPStore | None:
+    """Join the group; gloo on CPUs, nccl on GPUs.
+
+    Args:
+        listening: rank 0's file descriptor of a socket that listens on ``port`` already; None on the other ranks.
+
+    Returns:
+        Rank 0's store, where the ranks meet; it serves them for as long as it is kept.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    store = None
+    if listening is not None:
+        store = dist.TCPStore(address, port, world, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+    # As under torchrun: the store is there, and every rank, the first too, is its client.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     # On CPUs DeepSpeed 0.19.8 compiles a shared-memory all-reduce for inference at first use, which takes a minute and
     # which training never calls. This table is its own list of operations that can be built here.
     deepspeed.ops.__compatible_ops__[SHM_OP] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return store
 
 
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
