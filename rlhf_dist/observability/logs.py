@@ -26,7 +26,10 @@ class _LogFile(logging.FileHandler):
         return self._format.format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
+        # A library that hands its records to the root logger too (transformers does where CI is set) says it once.
+        if not record.__dict__.setdefault("written_to_log_file", False):
+            record.__dict__["written_to_log_file"] = True
+            super().emit(record)
         self.install()
 
     def install(self) -> None:
