@@ -136,19 +136,6 @@ class LearnerWorker(Worker):
             batch = self.objective.collate(table, [int(rows[i]) for i in part], self.spec.pad_id, self.spec.packing)
             yield batch.to(self.engine.device)
 
-    def evaluate(self, table: pa.Table) -> dict[str, float]:
-        """This rank's share of the objective's metrics over the whole table, without learning."""
-        rows = np.arange(table.num_rows)
-        totals = self.objective.totals(table, rows)
-        metrics: dict[str, float] = {}
-        self.engine.train(False)
-        with self.torch.no_grad():
-            for batch in self._micro_batches(table, rows):
-                _, parts = self.objective.loss(self.engine, batch, totals)
-                for name, value in parts.items():
-                    metrics[name] = metrics.get(name, 0.0) + float(value)
-        return metrics
-
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
         """Of this rank's pairs: ``source``, ``correct`` (the chosen side scores higher), and what "longer wins" says.
 
@@ -334,11 +321,6 @@ class LearnerGroup:
     def update(self, table: ObjectRef | pa.Table, minibatches: Sequence[np.ndarray]) -> PendingStats:
         """Learn from ``table``; returns at once."""
         return PendingStats([(self.role, [r.update.remote(table, list(minibatches)) for r in self.ranks])])
-
-    def evaluate(self, table: ObjectRef) -> dict[str, float]:
-        """The objective's metrics over ``table``."""
-        parts = wait_for([r.evaluate.remote(table) for r in self.ranks], f"{self.role}, evaluating")
-        return {name: sum(p[name] for p in parts) for name in parts[0]}
 
     def pair_outcomes(self, table: ObjectRef) -> pa.Table:
         """``source``, ``correct`` and ``longer_wins`` for every comparison."""
