@@ -18,13 +18,26 @@ Batch sizes, once and for all:
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+#: Estimators that compare the samples of one prompt.
+GROUP_ESTIMATORS = ("rloo", "grpo", "dr_grpo", "reinforce_plus_plus_baseline")
+ADVANTAGE_ESTIMATORS = ("gae", "reinforce", "reinforce_plus_plus", "remax", *GROUP_ESTIMATORS)
+POLICY_LOSSES = ("ppo", "a2c", "gspo", "cispo", "decoupled_ppo")
+#: Bounds of the ratio π_old / μ that each correction takes by default.
+CORRECTION_BOUNDS = {"tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.5, 2.0)}
+
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
+
+
+def _is_function(name: str) -> bool:
+    """Whether ``name`` reads package.module:function."""
+    return name.count(":") == 1 and all(part.isidentifier() for part in name.replace(":", ".").split("."))
 
 
 class Section(BaseModel):
@@ -89,6 +102,8 @@ class DataConfig(Section):
     """Training file inside ``dir`` (.jsonl, .jsonl.gz, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
     test: str | None = None
     """Held-out file, same forms. Its prompts are never trained on."""
+    pretrain: str | None = None
+    """Text for ``algo.ptx_coef``, same forms: one text a line, or rows with ``text``. Default: the demonstrations."""
     chat_template: str | None = None
     """Jinja template; by default the tokenizer's own, or the plain `Human:`/`Assistant:` form of HH."""
     on_bad_row: Literal["skip", "fail"] = "skip"
@@ -116,6 +131,8 @@ class WorldConfig(Section):
     """Share of preference labels that are flipped."""
     sampled_pairs: Fraction = 0.5
     """Share of the pairs whose responses are sampled from the SFT policy; the rest come from demonstrations."""
+    ranked_responses: Annotated[int, Field(ge=2)] = 4
+    """K of ``reward_model.loss: kwise``; ``comparisons`` counts the pairs, K(K-1)/2 for each ranking."""
 
 
 class OptimConfig(Section):
@@ -245,6 +262,10 @@ class RolloutConfig(Section):
     """Policy versions by which a trained token may be older than the policy; 0 is exactly on-policy."""
     chunk_tokens: PositiveInt = 2000
     """Finished groups are sent on in chunks of at least so many tokens."""
+    dynamic_sampling: bool = False
+    """Replace groups whose scores are all equal by new prompts, which teach something (DAPO)."""
+    dynamic_sampling_rounds: PositiveInt = 8
+    """Times that a step asks for replacements; then it trains with the groups that it has."""
 
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutConfig:
@@ -259,26 +280,40 @@ class RolloutConfig(Section):
 
 
 class AlgoConfig(Section):
-    """The algorithm: advantages, policy loss, KL."""
+    """The algorithm: advantages, policy loss, KL. docs/algorithms.md has the formulas."""
 
-    advantage_estimator: Literal["gae", "reinforce", "rloo", "grpo", "dr_grpo"] = "gae"
-    """gae needs the critic; rloo, grpo and dr_grpo need ``rollout.n_samples_per_prompt`` > 1."""
+    advantage_estimator: str = "gae"
+    """gae (needs the critic), reinforce, reinforce_plus_plus, remax; those that compare the samples of a prompt: rloo,
+    grpo, dr_grpo, reinforce_plus_plus_baseline; or ``package.module:function`` of your own."""
     gamma: Fraction = 1.0
     """Discount."""
     gae_lambda: Fraction = 0.95
     """GAE's lambda."""
-    whiten_advantages: bool = True
-    """Mean 0 and variance 1 over all trained tokens of the batch (gae and reinforce)."""
+    whiten_advantages: bool | None = None
+    """Mean 0 and variance 1 over all trained tokens of the batch. Default: with gae. REINFORCE++ always does."""
+    policy_loss: str = "ppo"
+    """ppo, a2c, gspo, cispo, decoupled_ppo; or ``package.module:function`` of your own."""
     eps_clip: PositiveFloat = 0.2
     """PPO clips the ratio below 1 - eps_clip."""
     eps_clip_high: PositiveFloat | None = None
     """and above 1 + eps_clip_high; ``eps_clip`` if not given."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound of the loss for negative advantages; off if not given."""
+    """Bound of the loss for negative advantages (ppo, decoupled_ppo); off if not given."""
+    rollout_correction: Literal["auto", "none", "tis", "icepop", "sequence_mask"] = "auto"
+    """Weight for the gap between the sampler and the learner. auto: tis where the two can differ (bfloat16, staleness,
+    nucleus or top-k sampling) and the loss does not correct for it by itself."""
+    correction_bounds: tuple[NonNegative, PositiveFloat] | None = None
+    """Lowest and highest ratio; default [0, 2] for tis, [0.5, 5] for icepop, [0.5, 2] for sequence_mask."""
     value_clip: PositiveFloat | None = 0.2
     """Clip of the new value around the old one; off if empty."""
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus."""
+    ptx_coef: NonNegative = 0.0
+    """PPO-ptx: weight of the cross entropy on ``data.pretrain`` in each update of the policy; 0 is off."""
+    ptx_batch_size: PositiveInt | None = None
+    """Pretraining texts per optimizer step; ``train.batch_size`` if not given."""
+    mask_truncated: bool = False
+    """Do not train on responses that were cut off (DAPO's overlong filtering)."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean over trained tokens of the global batch, over sequences, or sum over a constant length (Dr.GRPO)."""
     kl_coef: NonNegative = 0.05
@@ -292,6 +327,20 @@ class AlgoConfig(Section):
     kl_horizon: PositiveFloat = 10000
     """Samples over which the adaptive coefficient moves."""
 
+    @property
+    def whitens(self) -> bool:
+        return self.advantage_estimator == "gae" if self.whiten_advantages is None else self.whiten_advantages
+
+    @model_validator(mode="after")
+    def _names(self) -> AlgoConfig:
+        for key, known in (("advantage_estimator", ADVANTAGE_ESTIMATORS), ("policy_loss", POLICY_LOSSES)):
+            name = getattr(self, key)
+            if name not in known and not _is_function(name):
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"{key}={name}: {hint}expected one of {', '.join(known)}, or package.module:function")
+        return self
+
     @model_validator(mode="after")
     def _kl(self) -> AlgoConfig:
         if self.use_kl_loss and self.kl_estimator == "k1":
@@ -301,6 +350,42 @@ class AlgoConfig(Section):
         if self.use_kl_loss and self.kl_target is not None:
             raise ValueError("kl_target adapts the KL in the reward; it has no effect with use_kl_loss=true")
         return self
+
+    @model_validator(mode="after")
+    def _combinations(self) -> AlgoConfig:
+        if self.whiten_advantages is False and self.advantage_estimator.startswith("reinforce_plus_plus"):
+            raise ValueError(
+                f"whiten_advantages=false, but advantage_estimator={self.advantage_estimator} is REINFORCE with "
+                "whitening; use reinforce"
+            )
+        if self.policy_loss == "decoupled_ppo" and self.rollout_correction not in ("auto", "none"):
+            raise ValueError(
+                f"rollout_correction={self.rollout_correction} with policy_loss=decoupled_ppo weights twice by "
+                "π_old / μ; use one of the two"
+            )
+        if self.dual_clip is not None and self.policy_loss not in ("ppo", "decoupled_ppo"):
+            raise ValueError(f"dual_clip bounds PPO's loss; policy_loss={self.policy_loss} does not know it")
+        if self.loss_aggregation == "token_mean" and self.policy_loss == "gspo":
+            raise ValueError(
+                "policy_loss=gspo weighs sequences, loss_aggregation=token_mean weighs long ones more; "
+                "use loss_aggregation=sequence_mean"
+            )
+        self._check_bounds()
+        return self
+
+    def _check_bounds(self) -> None:
+        if self.correction_bounds is None:
+            return
+        low, high = self.correction_bounds
+        if self.rollout_correction in ("auto", "none"):
+            raise ValueError(
+                f"correction_bounds={[low, high]} needs rollout_correction tis, icepop or sequence_mask, "
+                f"got {self.rollout_correction}"
+            )
+        if low >= high:
+            raise ValueError(f"correction_bounds={[low, high]}: the first must be below the second")
+        if self.rollout_correction == "tis" and low > 0:
+            raise ValueError(f"correction_bounds={[low, high]}: tis cuts large ratios only, the first must be 0")
 
 
 class TrainConfig(Section):
@@ -328,7 +413,7 @@ class PolicyConfig(Section):
 
 
 class CriticConfig(Section):
-    """The critic learner of PPO (advantage_estimator: gae)."""
+    """The critic learner; advantage_estimator gae has one."""
 
     path: str | None = None
     """Model that the critic starts from; default: the reward model, where there is one, else the policy."""
@@ -374,12 +459,54 @@ class RewardModelConfig(Section):
     """Pairs with a longer side are left out and counted."""
     packing: bool = False
     """As ``train.packing``."""
+    loss: Literal["pairwise", "kwise"] = "pairwise"
+    """pairwise: one comparison, one term. kwise: rankings of K responses to a prompt, all their pairs at one forward
+    for each response (InstructGPT); ``batch_size`` then counts rankings."""
     shuffle_labels: bool = False
     """Train on random labels: a control, which must not improve anything."""
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     """Placement and ZeRO."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer."""
+
+
+class DPOConfig(Section):
+    """Direct preference optimisation: the policy learns from comparisons, without a reward model."""
+
+    loss: Literal["dpo", "ipo"] = "dpo"
+    """dpo (2305.18290) or ipo (2310.12036)."""
+    beta: PositiveFloat = 0.1
+    """Weight of the KL that is implied: large stays near the start. IPO aims at a log-ratio of 1 / (2 beta)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels believed to be wrong; above 0 the dpo loss is conservative DPO (cDPO)."""
+    epochs: PositiveFloat = 1
+    """Passes over the comparisons."""
+    batch_size: PositiveInt = 32
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens per forward and backward of one rank."""
+    max_length: PositiveInt = 1024
+    """Pairs with a longer side are left out and counted."""
+    packing: bool = False
+    """As ``train.packing``."""
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    """Placement and ZeRO."""
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig(lr=5e-7))
+    """Optimizer."""
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> DPOConfig:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing={self.label_smoothing} belongs to loss=dpo (it makes cDPO), not to ipo")
+        return self
+
+
+class PipelineConfig(Section):
+    """The stages of recipe pipeline."""
+
+    stages: list[Literal["sft", "reward_model", "ppo", "dpo"]] | None = None
+    """In order, each from the result of the one before. Default: sft, reward_model where a component of the reward is
+    ``model: trained``, ppo."""
 
 
 class RewardComponent(Section):
@@ -407,7 +534,7 @@ class RewardComponent(Section):
         given = [k for k in ("model", "function", "url") if getattr(self, k)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of model, function, url; got {given or 'none'}")
-        if self.function and (self.function.count(":") != 1 or not all(self.function.split(":"))):
+        if self.function and not _is_function(self.function):
             raise ValueError(f"function must read package.module:function, got {self.function!r}")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
@@ -425,6 +552,8 @@ class RewardConfig(ReplicaConfig):
     """Clip the score to [-clip, clip], after normalisation."""
     missing_eos_penalty: NonNegative = 0.0
     """Subtracted from the score of a response without an end of text."""
+    soft_overlong_cache: PositiveInt | None = None
+    """Over so many tokens before ``rollout.max_response_length`` the score falls linearly by up to 1 (DAPO)."""
 
     @model_validator(mode="after")
     def _components(self) -> RewardConfig:
@@ -484,8 +613,8 @@ class ClusterConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "reward_model", "ppo", "pipeline", "evaluate"] = "pipeline"
-    """sft, reward_model, ppo; pipeline runs the three in order; evaluate samples and scores ``model.path``."""
+    recipe: Literal["sft", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
+    """sft, reward_model, ppo, dpo; pipeline runs several in order; evaluate samples and scores ``model.path``."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
     seed: int = 0
@@ -495,6 +624,8 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    dpo: DPOConfig = Field(default_factory=DPOConfig)
+    pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -508,12 +639,49 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """What the recipe runs, in order."""
+        if self.recipe != "pipeline":
+            return (self.recipe,)
+        if self.pipeline.stages is not None:
+            return tuple(self.pipeline.stages)
+        return ("sft", "reward_model", "ppo") if self.trains_reward else ("sft", "ppo")
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether a component of the reward is the pipeline's own reward model."""
+        return any(c.model == "trained" for c in self.reward.components)
+
+    @property
+    def samples_comparisons(self) -> bool:
+        """Only the embedded world can label new samples; elsewhere comparisons come from the data."""
+        learns = "reward_model" in self.stages or "dpo" in self.stages
+        return (
+            self.recipe == "pipeline" and learns and self.data.format == "world" and self.data.world.sampled_pairs > 0
+        )
+
+    @property
     def runs_ppo(self) -> bool:
-        return self.recipe in ("ppo", "pipeline")
+        return "ppo" in self.stages
 
     @property
     def uses_critic(self) -> bool:
         return self.algo.advantage_estimator == "gae"
+
+    @property
+    def uses_greedy(self) -> bool:
+        """A greedy response to each prompt is sampled too: ReMax's baseline."""
+        return self.algo.advantage_estimator == "remax"
+
+    @property
+    def resolved_algo(self) -> AlgoConfig:
+        """``algo`` with ``rollout_correction: auto`` resolved."""
+        algo, sampled = self.algo, self.rollout
+        if algo.rollout_correction != "auto":
+            return algo
+        differs = self.model.dtype != "float32" or sampled.max_staleness > 0 or sampled.top_p < 1 or sampled.top_k > 0
+        correction = "tis" if differs and algo.policy_loss != "decoupled_ppo" else "none"
+        return algo.model_copy(update={"rollout_correction": correction})
 
     @property
     def uses_reference(self) -> bool:
@@ -539,10 +707,31 @@ class Config(Section):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
         if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
             raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
+        self._check_stages()
         if self.runs_ppo:
             self._check_ppo()
         self._check_devices()
         return self
+
+    def _check_stages(self) -> None:
+        stages = self.stages
+        if not stages or len(set(stages)) < len(stages):
+            raise ValueError(f"pipeline.stages={list(stages)}: give at least one stage, and each only once")
+        before_ppo = stages[: stages.index("ppo")] if "ppo" in stages else ("reward_model",)
+        if self.recipe == "pipeline" and self.trains_reward and "reward_model" not in before_ppo:
+            raise ValueError(
+                f"pipeline.stages={list(stages)}: ppo needs the reward model that reward.components asks for "
+                "(`model: trained`); put reward_model before it, or give its folder"
+            )
+        if "reward_model" in stages and "ppo" in stages and not self.trains_reward:
+            raise ValueError(
+                f"pipeline.stages={list(stages)} trains a reward model that nobody uses: no component of "
+                "reward.components is `model: trained`"
+            )
+        if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
+            raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
+        if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
+            raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:
@@ -552,10 +741,27 @@ class Config(Section):
                 f"{self.rollout.n_samples_per_prompt})"
             )
         estimator, n = self.algo.advantage_estimator, self.rollout.n_samples_per_prompt
-        if estimator in ("rloo", "grpo", "dr_grpo") and n < 2:
+        if estimator in GROUP_ESTIMATORS and n < 2:
             raise ValueError(
                 f"algo.advantage_estimator={estimator} compares samples of one prompt, but "
                 f"rollout.n_samples_per_prompt={n}; use 2 or more"
+            )
+        if self.rollout.dynamic_sampling and n < 2:
+            raise ValueError(
+                f"rollout.dynamic_sampling=true looks for groups whose scores differ, but "
+                f"rollout.n_samples_per_prompt={n}; use 2 or more"
+            )
+        if self.algo.policy_loss == "a2c" and self.updates_per_step > 1:
+            raise ValueError(
+                f"algo.policy_loss=a2c has no ratio, so only one update of each batch is right, but train.epochs="
+                f"{self.train.epochs} and train.batch_size={self.train.batch_size} make {self.updates_per_step}; "
+                f"use train.batch_size={self.samples_per_step} and train.epochs=1, or policy_loss=ppo"
+            )
+        cache = self.reward.soft_overlong_cache
+        if cache is not None and cache > self.rollout.max_response_length:
+            raise ValueError(
+                f"reward.soft_overlong_cache={cache} is more than rollout.max_response_length="
+                f"{self.rollout.max_response_length}"
             )
         if self.critic.warmup_steps and not self.uses_critic:
             raise ValueError(
@@ -569,13 +775,12 @@ class Config(Section):
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
-        trained = any(c.model == "trained" for c in self.reward.components)
-        if trained and self.data.format not in ("world", "hh", "preferences"):
+        if self.trains_reward and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(
                 f"reward.components: `model: trained` needs comparisons, and data.format={self.data.format} has none; "
                 "give a function, a url or the folder of a reward model"
             )
-        if self.recipe == "ppo" and trained:
+        if self.recipe == "ppo" and self.trains_reward:
             raise ValueError(
                 "reward.components: `model: trained` is the reward model of a pipeline; recipe ppo trains none. "
                 "Give its folder"
@@ -592,7 +797,7 @@ class Config(Section):
                 f"weight_sync.transport={self.weight_sync.transport} needs GPUs in policy.learner and generator; "
                 "on CPUs use object_store"
             )
-        packed = [name for name in ("train", "sft", "reward_model") if getattr(self, name).packing]
+        packed = [name for name in ("train", "sft", "reward_model", "dpo") if getattr(self, name).packing]
         if packed and self.model.attention != "flash_attention_2":
             raise ValueError(
                 f"{packed[0]}.packing=true needs model.attention=flash_attention_2, got {self.model.attention}; "

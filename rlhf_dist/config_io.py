@@ -2,8 +2,9 @@
 
 >>> load("configs/world_grpo.yaml", ["train.steps=20"])
 
-Sources, later ones win: the embedded default (no file given), the YAML file,
-the overrides. Errors name key, value, source and the nearest valid key.
+Sources, later ones win: the embedded default (no file given), or the file that
+a YAML file names as its ``base`` and that file; then the overrides. Errors name
+key, value, source and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -59,9 +60,7 @@ def load(path: str | None = None, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or contradiction.
     """
-    sources: list[tuple[str, dict[str, Any]]] = []
-    file = Path(path) if path else EMBEDDED_DEFAULT
-    sources.append((str(path or "embedded default"), _read_yaml(file)))
+    sources = _files(path)
     for text in overrides:
         sources.append((f"override {text!r}", _parse_override(text)))
     merged: dict[str, Any] = {}
@@ -71,6 +70,25 @@ def load(path: str | None = None, overrides: typing.Sequence[str] = ()) -> Confi
         return Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error, sources, merged)) from None
+
+
+def _files(path: str | None) -> list[tuple[str, dict[str, Any]]]:
+    """The file and those that it is based on, the most basic one first; each with its name for messages."""
+    sources: list[tuple[str, dict[str, Any]]] = []
+    seen: list[Path] = []
+    file, name = (Path(path), path) if path else (EMBEDDED_DEFAULT, "embedded default")
+    while True:
+        tree = _read_yaml(file)
+        base = tree.pop("base", None)
+        sources.insert(0, (name, tree))
+        seen.append(file.resolve())
+        if base is None:
+            return sources
+        if not isinstance(base, str):
+            raise ConfigError(f"{name}: base must be `default` or a file beside this one, got {_short(base)}")
+        file, name = (EMBEDDED_DEFAULT, "embedded default") if base == "default" else (file.parent / base, base)
+        if file.resolve() in seen:
+            raise ConfigError(f"{sources[0][0]}: base: {base} is based on this file; a config cannot be its own base")
 
 
 def dump(config: BaseModel) -> str:

@@ -33,13 +33,16 @@ def roles(cfg: Config) -> list[Role]:
     """Every process of every stage; stages run one after the other."""
     plan: list[Role] = []
     generator = _generator(cfg)
-    if cfg.recipe in ("sft", "pipeline"):
+    if "sft" in cfg.stages:
         plan.append(_learner("sft", "sft", cfg.sft.learner))
-    if cfg.recipe == "pipeline" and cfg.data.format == "world" and cfg.data.world.sampled_pairs > 0:
+    if cfg.samples_comparisons:
         plan.append(Role("sampling", *generator))
-    trained = any(c.model == "trained" for c in cfg.reward.components)
-    if cfg.recipe == "reward_model" or (cfg.recipe == "pipeline" and trained):
+    if "reward_model" in cfg.stages:
         plan.append(_learner("reward_model", "reward_model", cfg.reward_model.learner))
+    if "dpo" in cfg.stages:
+        plan.append(_learner("dpo", "dpo", cfg.dpo.learner))
+        plan.append(Role("evaluate", *generator))
+        plan.append(_reference("evaluate", cfg))
     if cfg.runs_ppo:
         plan.append(_learner("ppo", "policy", cfg.policy.learner))
         if cfg.uses_critic:
@@ -57,13 +60,10 @@ def roles(cfg: Config) -> list[Role]:
             )
         )
         if cfg.uses_reference:
-            f = cfg.reference
-            plan.append(
-                Role("ppo", "reference", f.replicas, f.cpus, f.gpus, "one ZeRO-3 group" if f.sharded else "replicas")
-            )
+            plan.append(_reference("ppo", cfg))
     if cfg.recipe == "evaluate":
         plan.append(Role("evaluate", *generator))
-        if not trained:
+        if not cfg.trains_reward:
             r = cfg.reward
             plan.append(Role("evaluate", "reward", r.replicas, r.cpus, r.gpus, ""))
     return plan
@@ -96,7 +96,8 @@ def check_files(cfg: Config) -> list[str]:
     for key, path in models.items():
         if path and _is_folder_name(path) and not (Path(path).expanduser() / "config.json").is_file():
             problems.append(f"{key}={path}: no folder with a config.json there")
-    for key, name in (("data.train", cfg.data.train), ("data.test", cfg.data.test)):
+    for key in ("train", "test", "pretrain"):
+        name = getattr(cfg.data, key)
         folder = cfg.data.dir or ""
         if (
             name
@@ -104,9 +105,11 @@ def check_files(cfg: Config) -> list[str]:
             and not folder.startswith("hub:")
             and not (Path(folder) / name).is_file()
         ):
-            problems.append(f"{key}={name}: no such file in {folder or Path.cwd()}")
+            problems.append(f"data.{key}={name}: no such file in {folder or Path.cwd()}")
     functions = [(f"reward.components[{i}].function", c.function) for i, c in enumerate(cfg.reward.components)]
     functions += [(f"evaluation.metrics[{i}].function", m.function) for i, m in enumerate(cfg.evaluation.metrics)]
+    algo = (("advantage_estimator", cfg.algo.advantage_estimator), ("policy_loss", cfg.algo.policy_loss))
+    functions += [(f"algo.{key}", name) for key, name in algo if ":" in name]
     sys.path.insert(0, os.getcwd())
     for key, function in functions:
         if function and not _module_exists(function.partition(":")[0]):
@@ -158,6 +161,11 @@ def _arithmetic(cfg: Config) -> list[list[str]]:
 
 def _learner(stage: str, role: str, c: LearnerConfig) -> Role:
     return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}")
+
+
+def _reference(stage: str, cfg: Config) -> Role:
+    r = cfg.reference
+    return Role(stage, "reference", r.replicas, r.cpus, r.gpus, "one ZeRO-3 group" if r.sharded else "replicas")
 
 
 def _generator(cfg: Config) -> tuple[str, int, float, float, str]:

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
@@ -24,6 +24,7 @@ from rlhf_dist import checkpoint, planner
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors import waiting
 from rlhf_dist.actors.data import prepare_model
+from rlhf_dist.actors.group import Startable
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import dump
@@ -32,21 +33,11 @@ from rlhf_dist.observability.metrics import MetricsWriter
 from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary
 from rlhf_dist.observability.terminal import Terminal
-from rlhf_dist.observability.trace import Span, Trace
+from rlhf_dist.observability.trace import Trace
 
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; a BaseException, so that nothing on the way takes it for an error and goes on."""
-
-
-class Startable(Protocol):
-    """A group of actors: learners, generators, scorers."""
-
-    def wait_ready(self) -> Any: ...
-
-    def spans(self) -> list[Span]: ...
-
-    def release(self) -> None: ...
 
 
 class Run:

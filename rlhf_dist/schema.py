@@ -15,6 +15,9 @@ import pyarrow as pa
 _ids = pa.list_(pa.int32())
 _floats = pa.list_(pa.float32())
 
+#: ``sample_index`` of the greedy response to a prompt. It is scored and never trained: its ``response_mask`` is 0.
+GREEDY = -1
+
 #: Tokenized prompts. ``fields`` is the source row as JSON: reward functions and tables by group read it.
 PROMPT = pa.schema(
     [
@@ -36,6 +39,15 @@ COMPARISON = pa.schema(
         ("rejected_ids", _ids),
         ("margin", pa.float32()),
         ("source", pa.string()),
+    ]
+)
+
+#: Tokenized rankings (K-wise reward model). Lower ranks are better; equal ones are ties.
+RANKING = pa.schema(
+    [
+        ("prompt_ids", _ids),
+        ("responses", pa.list_(_ids)),
+        ("ranks", _floats),
     ]
 )
 

@@ -72,6 +72,10 @@ def experience(lengths: Sequence[tuple[int, int]], seed: int = 0, holes: bool = 
     table = table.append_column("score", pa.array(rng.normal(size=len(q)), pa.float32()))
     for name in ("old_logprobs", "ref_logprobs"):
         table = table.append_column(name, ragged(q, lambda n: -4 + rng.normal(size=n), pa.float32()))
+    # The sampler differs a little from the learner, as it does in bfloat16.
+    sampled = [(np.array(x) + 0.3 * rng.normal(size=len(x))).tolist() for x in table["old_logprobs"].to_pylist()]
+    i = table.column_names.index("rollout_logprobs")
+    table = table.set_column(i, "rollout_logprobs", pa.array(sampled, pa.list_(pa.float32())))
     for name in ("values", "rewards", "advantages", "returns"):
         table = table.append_column(name, ragged(q, lambda n: rng.normal(size=n), pa.float32()))
     return schema.check(table, schema.EXPERIENCE, "test")
@@ -87,3 +91,15 @@ def comparisons(lengths: Sequence[tuple[int, int, int]], seed: int = 0) -> pa.Ta
     }
     margin = pa.array(rng.random(len(lengths)), pa.float32())
     return pa.table({**columns, "margin": margin, "source": [""] * len(lengths)}, schema=schema.COMPARISON)
+
+
+def rankings(lengths: Sequence[tuple[int, Sequence[int]]], ranks: Sequence[Sequence[float]], seed: int = 0) -> pa.Table:
+    """Random rankings: tokens of each prompt and of its responses, and their ranks."""
+    rng = np.random.default_rng(seed)
+    ids = lambda n: rng.integers(1, VOCAB, n).tolist()
+    columns = {
+        "prompt_ids": [ids(p) for p, _ in lengths],
+        "responses": [[ids(n) for n in responses] for _, responses in lengths],
+        "ranks": [list(map(float, r)) for r in ranks],
+    }
+    return pa.table(columns, schema=schema.RANKING)

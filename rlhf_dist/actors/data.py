@@ -21,7 +21,7 @@ def _load(kind: str, *args: Any) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def load_table(kind: str, *args: Any) -> tuple[ObjectRef, dict[str, Any]]:
-    """``prompts``, ``demonstrations`` or ``comparisons`` of :mod:`rlhf_dist.data.load`: reference and report."""
+    """Reference and report of ``load_KIND`` in :mod:`rlhf_dist.data.load`."""
     table, report = _load.remote(kind, *args)
     return table, wait_for(report, f"loading {kind}")
 
@@ -57,3 +57,15 @@ def _concatenate(chunks: list[ObjectRef]) -> pa.Table:
 def concatenate(chunks: list[ObjectRef]) -> ObjectRef:
     """One table of several."""
     return _concatenate.remote(chunks)
+
+
+@ray.remote(num_cpus=0)
+def _join_columns(table: pa.Table, parts: list[ObjectRef], stage: str) -> pa.Table:
+    from rlhf_dist.data.experience import join
+
+    return join(table, ray.get(parts), stage)
+
+
+def join_columns(table: ObjectRef, parts: list[ObjectRef], stage: str) -> ObjectRef:
+    """``table`` with the columns that the ranks of a group computed, each for its own rows."""
+    return _join_columns.remote(table, parts, stage)

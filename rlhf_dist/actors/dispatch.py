@@ -61,7 +61,9 @@ class RolloutBatch:
     """
 
     def __init__(self, groups: Sequence[int]) -> None:
-        self.groups = frozenset(groups)
+        self.groups = set(groups)
+        self.left_out: frozenset[int] = frozenset()
+        """Groups that were sampled and are not trained (dynamic sampling)."""
         self.chunks: list[Chunk] = []
         self.started = time.monotonic()
         self.generate_seconds = 0.0
@@ -88,6 +90,13 @@ class RolloutBatch:
             if not self._missing:
                 self.generate_seconds = time.monotonic() - self.started
             self._changed.notify_all()
+
+    def replace(self, left_out: Sequence[int], groups: Sequence[int]) -> None:
+        """Expect ``groups`` in place of ``left_out``."""
+        with self._changed:
+            self.left_out |= set(left_out)
+            self.groups.update(groups)
+            self._missing.update(groups)
 
     def fail(self, error: BaseException) -> None:
         with self._changed:
@@ -130,13 +139,18 @@ def generate(
     groups: Sequence[tuple[int, int]],
     n: int,
     greedy: bool = False,
+    into: RolloutBatch | None = None,
 ) -> RolloutBatch:
     """Sample ``n`` responses for each ``(group_id, prompt row)``; returns at once with a lazy batch.
 
     Groups are dealt out to the generators evenly. One thread per generator
     reads its stream: a chunk is passed on the moment it is finished.
+
+    Args:
+        greedy: one greedy response for each group as well, ``sample_index`` ``schema.GREEDY``.
+        into: a batch that expects these groups; a new one by default.
     """
-    batch = RolloutBatch([g for g, _ in groups])
+    batch = into or RolloutBatch([g for g, _ in groups])
     for i, generator in enumerate(generators):
         part = list(groups[i :: len(generators)])
         if part:
@@ -168,12 +182,14 @@ class RolloutStream:
         *,
         batch_size: int,
         n_samples_per_prompt: int,
+        greedy: bool = False,
         max_staleness: int = 0,
     ) -> None:
         self.generators = list(generators)
         self.prompts = prompts
         self.order = order
         self.n = n_samples_per_prompt
+        self.greedy = greedy
         self.ledger = Ledger(batch_size, max_staleness)
         self._loading: tuple[int, list[ObjectRef]] | None = None
 
@@ -181,18 +197,28 @@ class RolloutStream:
         """The next batch, lazily: its chunks arrive while the caller registers stages."""
         self.wait_published()
         groups = self.ledger.admit()
-        return generate(
-            self.generators, self.prompts, list(zip(groups, self.order.take(len(groups)), strict=True)), self.n
-        )
+        return self._submit(groups, RolloutBatch(groups))
+
+    def replace(self, batch: RolloutBatch, groups: Sequence[int]) -> None:
+        """Take ``groups`` out of a batch and sample the next prompts in their place."""
+        for group in groups:
+            self.ledger.discarded(group)
+        admitted = self.ledger.admit()
+        batch.replace(groups, admitted)
+        self._submit(admitted, batch)
 
     def trained(self, batch: RolloutBatch) -> None:
         """Enter a completed batch into the ledger: exactly once."""
-        for chunk in batch.chunks:
-            for group in chunk.info.groups:
-                self.ledger.completed(group)
+        trained = batch.groups - batch.left_out
+        for group in trained:
+            self.ledger.completed(group)
         taken = self.ledger.take_batch()
-        if taken is None or set(taken) != batch.groups:
-            raise RuntimeError(f"the ledger expected batch {taken}, but {sorted(batch.groups)[:4]}... was trained")
+        if taken is None or set(taken) != trained:
+            raise RuntimeError(f"the ledger expected batch {taken}, but {sorted(trained)[:4]}... was trained")
+
+    def _submit(self, groups: Sequence[int], batch: RolloutBatch) -> RolloutBatch:
+        pairs = list(zip(groups, self.order.take(len(groups)), strict=True))
+        return generate(self.generators, self.prompts, pairs, self.n, self.greedy, into=batch)
 
     def publish(self, weights: Weights) -> None:
         """Send new weights to every generator; they serve nothing under them before the gate has passed."""

@@ -57,6 +57,7 @@ class Generator(Worker):
             prompts: ``schema.PROMPT``; its rows are looked up here, so tokens never pass through the driver.
             groups: ``(group_id, row of prompts)``.
             n: samples per group.
+            greedy: one greedy response for each group as well.
         """
         started = time.perf_counter()
         ids = Ragged.of(prompts, "prompt_ids")
@@ -66,14 +67,14 @@ class Generator(Worker):
         def submit(engine: Any) -> None:
             for group, row in groups:
                 self._waiting[group] = finished
-                for i in range(n):
+                for i in [*range(n), *([schema.GREEDY] if greedy else [])]:
                     seed = sample_seed(self.cfg.seed, group, i)
-                    engine.add(int(prompt_ids[row]), group, i, ids[row], seed, greedy)
+                    engine.add(int(prompt_ids[row]), group, i, ids[row], seed, greedy=i == schema.GREEDY)
 
         self._run(submit)
         left = len(groups)
         with self.trace.span(self.name, "generate", groups=left):
-            yield from self._chunks(finished, left, n, started)
+            yield from self._chunks(finished, left, n + greedy, started)
 
     def _chunks(self, finished: queue.Queue, left: int, n: int, started: float) -> Iterator[Any]:
         """Coalesce finished groups until a chunk is worth sending."""
@@ -212,6 +213,8 @@ def rollout_table(samples: Sequence[Any]) -> pa.Table:
             np.repeat(np.array([s.policy_version for s in samples], np.int32), lengths), lengths
         ),
         "finish_reason": pa.array([s.finish_reason for s in samples]).dictionary_encode(),
-        "response_mask": Ragged.to_arrow(np.ones(int(lengths.sum()), np.uint8), lengths),
+        "response_mask": Ragged.to_arrow(
+            np.repeat(np.array([s.sample_index != schema.GREEDY for s in samples], np.uint8), lengths), lengths
+        ),
     }
     return schema.check(pa.table(columns, schema=None).cast(schema.ROLLOUT), schema.ROLLOUT, "generator")

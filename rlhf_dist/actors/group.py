@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -131,6 +131,32 @@ class Group:
             ray.kill(actor)
         if self.placement is not None:
             remove_placement_group(self.placement)
+
+
+class Startable(Protocol):
+    """What a run starts, traces and ends: groups of actors, and what holds one."""
+
+    def wait_ready(self) -> Any: ...
+
+    def spans(self) -> list[Span]: ...
+
+    def release(self) -> None: ...
+
+
+class Holder:
+    """What the driver holds of a role: verbs of its own over a group that it starts and ends."""
+
+    def __init__(self, group: Startable) -> None:
+        self._held = group
+
+    def wait_ready(self) -> Any:
+        return self._held.wait_ready()
+
+    def spans(self) -> list[Span]:
+        return self._held.spans()
+
+    def release(self) -> None:
+        self._held.release()
 
 
 def _place(role: str, bundles: list[dict[str, float]], strategy: str, seconds: float) -> PlacementGroup:

@@ -18,12 +18,13 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from rlhf_dist.actors.data import join_columns
 from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources, Worker
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, GeneratorClient, Weights
 from rlhf_dist.actors.waiting import wait_for
-from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.observability.trace import Span
 
 #: Tokens of the canary prompt.
@@ -37,7 +38,7 @@ class LearnerSpec:
     role: str
     model_path: str
     head: Literal["policy", "scalar"]
-    objective: Literal["sft", "pairwise", "policy", "critic"] | None
+    objective: Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"] | None
     """None: a frozen model, ZeRO-3 without an optimizer."""
     model: ModelConfig
     learner: LearnerConfig
@@ -47,6 +48,7 @@ class LearnerSpec:
     total_steps: int = 1
     temperature: float = 1.0
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     max_response_length: int = 1
     shard_mb: float = 256
     pad_id: int = 0
@@ -83,6 +85,7 @@ class LearnerWorker(Worker):
 
         from rlhf_dist import models
         from rlhf_dist.engines import deepspeed as engines
+        from rlhf_dist.engines import objectives
 
         spec, m = self.spec, self.spec.model
         listening = self.meeting.detach() if self.rank == 0 else None
@@ -99,6 +102,7 @@ class LearnerWorker(Worker):
         learner = spec.learner if spec.optim is not None else spec.learner.model_copy(update={"zero_stage": 3})
         self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps)
         self.objective = _objective(spec)
+        self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
         self.torch = torch
         return {
             "pid": os.getpid(),
@@ -107,33 +111,51 @@ class LearnerWorker(Worker):
             "threads": torch.get_num_threads(),
         }
 
-    def update(self, table: pa.Table, minibatches: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    def update(
+        self,
+        table: pa.Table,
+        minibatches: Sequence[np.ndarray],
+        pretrain: pa.Table | None = None,
+        pretrain_minibatches: Sequence[np.ndarray] = (),
+    ) -> list[dict[str, float]]:
         """One optimizer step per element of ``minibatches`` (rows of ``table``).
+
+        Args:
+            pretrain: text whose loss is added in each step (PPO-ptx), with its own rows for each.
 
         Returns for each step this rank's share of every metric; shares of all
         ranks add up to the global mean. ``lr`` and ``grad_norm`` are global.
         """
+        figures = []
         with self.trace.span(self.name, "update"):
             self.engine.train()
-            return [self._optimizer_step(table, rows) for rows in minibatches]
+            for i, rows in enumerate(minibatches):
+                metrics = self._forward_backward(self.objective, table, rows)
+                if pretrain is not None:
+                    metrics |= self._forward_backward(self.pretraining, pretrain, pretrain_minibatches[i])
+                figures.append({**metrics, **self.engine.step()})
+        return figures
 
-    def _optimizer_step(self, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
-        totals = self.objective.totals(table, rows)
+    def _forward_backward(self, objective: Any, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+        """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
+        totals = objective.totals(table, rows)
         metrics: dict[str, float] = {}
-        for batch in self._micro_batches(table, rows):
-            loss, parts = self.objective.loss(self.engine, batch, totals)
+        for batch in self._micro_batches(objective, table, rows):
+            loss, parts = objective.loss(self.engine, batch, totals)
             self.engine.backward(loss)
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
-        return {**metrics, **self.engine.step()}
+        return metrics
 
-    def _micro_batches(self, table: pa.Table, rows: np.ndarray) -> Iterator[Any]:
+    def _micro_batches(self, objective: Any, table: pa.Table, rows: np.ndarray) -> Iterator[Any]:
         from rlhf_dist.data.batching import micro_batches
 
-        lengths = self.objective.lengths(table)[rows]
-        plan = micro_batches(lengths, self.world, self.rank, self.spec.micro_batch_tokens, self.spec.packing)
+        spec = self.spec
+        plan = micro_batches(
+            objective.lengths(table, rows), self.world, self.rank, spec.micro_batch_tokens, spec.packing
+        )
         for part in plan:
-            batch = self.objective.collate(table, [int(rows[i]) for i in part], self.spec.pad_id, self.spec.packing)
+            batch = objective.collate(table, rows[part].tolist(), spec.pad_id, spec.packing)
             yield batch.to(self.engine.device)
 
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
@@ -142,12 +164,13 @@ class LearnerWorker(Worker):
         ``longer_wins`` is 1 if the chosen side has more tokens, ½ if both have equally many.
         """
         from rlhf_dist.data.batching import Ragged
+        from rlhf_dist.engines.objectives import PairwiseObjective
 
         rows: list[int] = []
         correct: list[bool] = []
         self.engine.train(False)
         with self.torch.no_grad():
-            for batch in self._micro_batches(table, np.arange(table.num_rows)):
+            for batch in self._micro_batches(PairwiseObjective(), table, np.arange(table.num_rows)):
                 scores = self.engine(batch).reshape(-1)[batch.last]
                 rows += batch.rows
                 correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
@@ -159,6 +182,23 @@ class LearnerWorker(Worker):
                 "longer_wins": pa.array((np.sign(longer) + 1) / 2),
             }
         )
+
+    def pair_logprobs(self, table: pa.Table) -> pa.Table:
+        """``row``, ``ref_chosen`` and ``ref_rejected`` of this rank's pairs: what the policy gives to whole responses.
+
+        Called before the first step, they are DPO's reference.
+        """
+        from rlhf_dist.engines import objectives
+
+        rows: list[int] = []
+        sums: list[float] = []
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for batch in self._micro_batches(objectives.PairwiseObjective(), table, np.arange(table.num_rows)):
+                rows += batch.rows
+                sums += objectives.pair_logprobs(self.engine, batch).tolist()[: 2 * len(batch.rows)]
+        columns = {"ref_chosen": pa.array(sums[0::2], pa.float32()), "ref_rejected": pa.array(sums[1::2], pa.float32())}
+        return pa.table({"row": pa.array(rows, pa.int64()), **columns})
 
     def logprobs(self, chunk: pa.Table, column: str) -> pa.Table:
         """``row`` and ``column``: log-probabilities of this rank's rows under the current policy."""
@@ -174,32 +214,29 @@ class LearnerWorker(Worker):
         """``row``, ``score`` and ``column`` (the component) of this rank's rows."""
         rows: list[int] = []
         values: list[float] = []
-        for batch, out in self._forward(chunk, self.engine):
+        for batch, out in self._forward(chunk, np.arange(chunk.num_rows), self.engine):
             rows += batch.rows
             values += out.reshape(-1)[batch.last].tolist()[: len(batch.rows)]
         score = pa.array(values, pa.float32())
         return pa.table({"row": pa.array(rows, pa.int64()), "score": score, column: score})
 
-    def _per_token(self, chunk: pa.Table, column: str, forward: Any) -> pa.Table:
-        from rlhf_dist.data.batching import Ragged
+    def _per_token(self, chunk: pa.Table, name: str, forward: Any) -> pa.Table:
+        from rlhf_dist.data.batching import TokenColumn
 
-        responses = Ragged.of(chunk, "response_ids").lengths
-        rows: list[int] = []
-        flat: list[np.ndarray] = [np.empty(0, np.float32)]
-        for batch, out in self._forward(chunk, forward):
-            rows += batch.rows
-            flat.append(batch.gather(out))
-        ragged = Ragged.to_arrow(np.concatenate(flat), responses[rows] if rows else np.empty(0, np.int64))
-        return pa.table({"row": pa.array(rows, pa.int64()), column: ragged.cast(pa.list_(pa.float32()))})
+        column = TokenColumn(chunk)
+        for batch, out in self._forward(chunk, column.wanted, forward):
+            column.add(batch, out)
+        return column.table(name, with_skipped=self.rank == 0)
 
-    def _forward(self, chunk: pa.Table, forward: Any) -> Iterator[tuple[Any, Any]]:
+    def _forward(self, chunk: pa.Table, rows: np.ndarray, forward: Any) -> Iterator[tuple[Any, Any]]:
         from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
 
-        lengths = sequence_lengths(chunk)
+        spec = self.spec
+        lengths = sequence_lengths(chunk, rows)
         self.engine.train(False)
         with self.torch.no_grad():
-            for rows in micro_batches(lengths, self.world, self.rank, self.spec.micro_batch_tokens, self.spec.packing):
-                batch = collate(chunk, rows, (), self.spec.pad_id, self.spec.packing).to(self.engine.device)
+            for part in micro_batches(lengths, self.world, self.rank, spec.micro_batch_tokens, spec.packing):
+                batch = collate(chunk, rows[part].tolist(), (), spec.pad_id, spec.packing).to(self.engine.device)
                 yield batch, forward(batch)
 
     def weights(self, version: int) -> tuple[list[Any], tuple[np.ndarray, np.ndarray] | None]:
@@ -280,6 +317,10 @@ def _objective(spec: LearnerSpec) -> Any:
             return objectives.SFTObjective()
         case "pairwise":
             return objectives.PairwiseObjective()
+        case "kwise":
+            return objectives.KWiseObjective()
+        case "dpo":
+            return objectives.DPOObjective(spec.dpo)
         case "policy":
             return objectives.PolicyObjective(spec.algo, spec.max_response_length)
         case "critic":
@@ -318,9 +359,19 @@ class LearnerGroup:
     def wait_ready(self) -> list[dict[str, Any]]:
         return wait_for(self._setup, f"start of {self.role}", self.seconds)
 
-    def update(self, table: ObjectRef | pa.Table, minibatches: Sequence[np.ndarray]) -> PendingStats:
-        """Learn from ``table``; returns at once."""
-        return PendingStats([(self.role, [r.update.remote(table, list(minibatches)) for r in self.ranks])])
+    def update(
+        self,
+        table: ObjectRef | pa.Table,
+        minibatches: Sequence[np.ndarray],
+        pretrain: tuple[ObjectRef, Sequence[np.ndarray]] | None = None,
+    ) -> PendingStats:
+        """Learn from ``table``, and from the table and rows ``pretrain``; returns at once."""
+        arguments = (table, list(minibatches), *(pretrain or ()))
+        return PendingStats([(self.role, [r.update.remote(*arguments) for r in self.ranks])])
+
+    def pair_logprobs(self, table: ObjectRef) -> ObjectRef:
+        """``table`` with the columns ``ref_chosen`` and ``ref_rejected``, from the policy as it is now."""
+        return join_columns(table, [r.pair_logprobs.remote(table) for r in self.ranks], self.role)
 
     def pair_outcomes(self, table: ObjectRef) -> pa.Table:
         """``source``, ``correct`` and ``longer_wins`` for every comparison."""

@@ -12,11 +12,10 @@ import ray
 from ray import ObjectRef
 
 from rlhf_dist.actors.dispatch import Columns, RolloutBatch
-from rlhf_dist.actors.group import Group, Resources, Worker
+from rlhf_dist.actors.group import Group, Holder, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.rewards import FunctionProcess, Texts, checked, post
 from rlhf_dist.config import ModelConfig, RewardComponent
-from rlhf_dist.observability.trace import Span
 
 
 @ray.remote
@@ -32,16 +31,13 @@ class Reference(Worker):
 
     def logprobs(self, chunk: pa.Table) -> pa.Table:
         """``ref_logprobs`` of every row."""
-        from rlhf_dist.data.batching import Ragged
+        from rlhf_dist.data.batching import TokenColumn
 
-        flat, order = [np.empty(0, np.float32)], []
+        column = TokenColumn(chunk)
         with self.trace.span(self.name, "logprobs"):
-            for batch, (logprobs, _) in self.forward(chunk):
-                flat.append(batch.gather(logprobs))
-                order += batch.rows
-        lengths = Ragged.of(chunk, "response_ids").lengths[order]
-        column = Ragged.to_arrow(np.concatenate(flat), lengths).cast(pa.list_(pa.float32()))
-        return pa.table({"row": pa.array(order, pa.int64()), "ref_logprobs": column})
+            for batch, (logprobs, _) in self.forward(chunk, column.wanted):
+                column.add(batch, logprobs)
+        return column.table("ref_logprobs")
 
 
 @ray.remote
@@ -98,7 +94,7 @@ class Scorer(Worker):
 
         def score(chunk: pa.Table, texts: Texts) -> np.ndarray:
             scores = np.empty(chunk.num_rows, np.float32)
-            for batch, out in forward(chunk):
+            for batch, out in forward(chunk, np.arange(chunk.num_rows)):
                 scores[batch.rows] = out.reshape(-1)[batch.last].float().cpu().numpy()
             return scores
 
@@ -116,95 +112,61 @@ class _Forward:
         self.max_tokens = max_tokens
         self.pad_id = pad_id
 
-    def __call__(self, chunk: pa.Table) -> Any:
+    def __call__(self, chunk: pa.Table, rows: np.ndarray) -> Any:
         import torch
 
         from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
 
         with torch.inference_mode():
-            for rows in micro_batches(sequence_lengths(chunk), 1, 0, self.max_tokens):
-                batch = collate(chunk, rows, (), self.pad_id).to(self.device)
+            for part in micro_batches(sequence_lengths(chunk, rows), 1, 0, self.max_tokens):
+                batch = collate(chunk, rows[part].tolist(), (), self.pad_id).to(self.device)
                 yield batch, self.module(batch)
 
 
-class ReferenceGroup:
+class ReferenceGroup(Holder):
     """Replicas of the reference; chunks go round."""
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        super().__init__(group)
         self._next = itertools.cycle(group.actors)
 
     def logprobs(self, batch: RolloutBatch) -> Columns:
         return batch.apply("reference", lambda chunk: [next(self._next).logprobs.remote(chunk)])
 
-    def wait_ready(self) -> list[Any]:
-        return self.group.wait_ready()
 
-    def spans(self) -> list[Span]:
-        return self.group.spans()
-
-    def release(self) -> None:
-        self.group.release()
-
-
-class ShardedReference:
+class ShardedReference(Holder):
     """The reference as one ZeRO-3 group."""
 
     def __init__(self, learner: LearnerGroup) -> None:
+        super().__init__(learner)
         self.learner = learner
 
     def logprobs(self, batch: RolloutBatch) -> Columns:
         return self.learner.logprobs(batch, "ref_logprobs")
 
-    def wait_ready(self) -> list[Any]:
-        return self.learner.wait_ready()
 
-    def spans(self) -> list[Span]:
-        return self.learner.spans()
-
-    def release(self) -> None:
-        self.learner.release()
-
-
-class ScorerGroup:
+class ScorerGroup(Holder):
     """Replicas of the reward; chunks go round."""
 
     def __init__(self, role: str, group: Group) -> None:
         self.role = role
-        self.group = group
+        super().__init__(group)
         self._next = itertools.cycle(group.actors)
 
     def score(self, batch: RolloutBatch, prompts: ObjectRef, with_sum: bool = True) -> Columns:
         return batch.apply(self.role, lambda chunk: [next(self._next).score.remote(chunk, prompts, with_sum)])
 
-    def wait_ready(self) -> list[Any]:
-        return self.group.wait_ready()
 
-    def spans(self) -> list[Span]:
-        return self.group.spans()
-
-    def release(self) -> None:
-        self.group.release()
-
-
-class ShardedReward:
+class ShardedReward(Holder):
     """One reward model as a ZeRO-3 group."""
 
     def __init__(self, learner: LearnerGroup, component: RewardComponent) -> None:
+        super().__init__(learner)
         self.learner = learner
         self.component = component
 
     def score(self, batch: RolloutBatch, prompts: ObjectRef) -> Columns:
         return self.learner.scores(batch, f"score/{self.component.name}")
-
-    def wait_ready(self) -> list[Any]:
-        return self.learner.wait_ready()
-
-    def spans(self) -> list[Span]:
-        return self.learner.spans()
-
-    def release(self) -> None:
-        self.learner.release()
 
 
 def scorer_group(

@@ -3,25 +3,143 @@
 Everything is padded: ``[B, T]`` with a ``mask`` of the same shape (bool or 0/1) whose ones are the trained response
 tokens. A row is one sample. What stands at masked positions never matters, not even NaN.
 
-The tables hold what can be exchanged for one another without touching the caller. A new variant is a function of the
-same signature and one line here; from outside the package, ``POLICY_LOSSES["mine"] = my_loss`` does the same.
+The tables at the end are what the config chooses from. A new variant is one function and one line here; one of your
+own needs no line: ``algo.policy_loss=my_package.losses:my_loss``, a function of the same signature.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.advantages import dr_grpo, grpo, rloo
-from rlhf_dist.algorithms.losses import cispo_policy_loss, gspo_policy_loss, ppo_policy_loss
+from rlhf_dist.algorithms import advantages as adv
+from rlhf_dist.algorithms import losses
 
-#: ``f(scores [B], group_id [B]) -> [B]``. ``gae`` and ``reward_to_go`` need rewards per token and are called by name.
-ADVANTAGE_ESTIMATORS: dict[str, Callable[..., Tensor]] = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo}
 
-#: ``f(logprobs, old_logprobs, advantages, mask, eps_clip, eps_clip_high=None) -> (loss [B, T], metrics)``.
-POLICY_LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
-    "ppo": ppo_policy_loss,
-    "gspo": gspo_policy_loss,
-    "cispo": cispo_policy_loss,
+@dataclass(frozen=True)
+class RewardTerms:
+    """What an advantage estimator may look at: one whole batch, before any minibatch is cut."""
+
+    rewards: Tensor
+    """``[B, T]``: the score on the last trained token, and the KL where it is in the reward; 0 outside the mask."""
+    scores: Tensor
+    """``[B]``, after normalisation, clipping and penalties."""
+    mask: Tensor
+    """``[B, T]`` bool."""
+    group_id: Tensor
+    """``[B]`` int64, equal for the samples of one prompt."""
+    values: Tensor | None
+    """``[B, T]`` of the critic, where there is one."""
+    greedy_scores: Tensor | None
+    """``[B]``, score of the greedy response to the same prompt, for remax."""
+    gamma: float
+    gae_lambda: float
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What a policy loss may look at: one micro-batch; tensors are ``[B, T]``."""
+
+    logprobs: Tensor
+    """Of the policy that learns; the only one with a gradient."""
+    old_logprobs: Tensor
+    """Of the policy before the first update of this batch."""
+    rollout_logprobs: Tensor
+    """As the generator sampled."""
+    advantages: Tensor
+    mask: Tensor
+    eps_clip: float
+    eps_clip_high: float | None
+    dual_clip: float | None
+
+
+def _per_sample(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[RewardTerms], tuple[Tensor, Tensor]]:
+    """An estimator that compares the total rewards of a prompt's samples, spread over their tokens."""
+
+    def estimate(t: RewardTerms) -> tuple[Tensor, Tensor]:
+        totals = torch.where(t.mask, t.rewards, 0).sum(1)
+        return adv.broadcast(estimator(totals, t.group_id), t.mask), adv.broadcast(totals, t.mask)
+
+    return estimate
+
+
+def _with_returns(
+    estimator: Callable[[RewardTerms], Tensor],
+) -> Callable[[RewardTerms], tuple[Tensor, Tensor]]:
+    """An estimator per token, beside the reward-to-go."""
+    return lambda t: (estimator(t), adv.reward_to_go(t.rewards, t.mask, t.gamma))
+
+
+def _gae(t: RewardTerms) -> tuple[Tensor, Tensor]:
+    assert t.values is not None
+    return adv.gae(t.rewards, t.values, t.mask, t.gamma, t.gae_lambda)
+
+
+def _remax(t: RewardTerms) -> Tensor:
+    assert t.greedy_scores is not None
+    return adv.remax(t.rewards, t.greedy_scores, t.mask, t.gamma)
+
+
+#: ``f(RewardTerms) -> (advantages, returns)``, both ``[B, T]`` and 0 outside the mask; not yet whitened, except where
+#: whitening is part of the algorithm.
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTerms], tuple[Tensor, Tensor]]] = {
+    "gae": _gae,
+    "reinforce": _with_returns(lambda t: adv.reward_to_go(t.rewards, t.mask, t.gamma)),
+    "reinforce_plus_plus": _with_returns(lambda t: adv.reinforce_plus_plus(t.rewards, t.mask, t.gamma)),
+    "reinforce_plus_plus_baseline": _with_returns(
+        lambda t: adv.reinforce_plus_plus_baseline(t.rewards, t.scores, t.mask, t.group_id, t.gamma)
+    ),
+    "remax": _with_returns(_remax),
+    "rloo": _per_sample(adv.rloo),
+    "grpo": _per_sample(adv.grpo),
+    "dr_grpo": _per_sample(adv.dr_grpo),
 }
+
+#: ``f(PolicyTerms) -> (loss [B, T], metrics)``, not reduced; every metric is ``[B, T]`` without gradient.
+POLICY_LOSSES: dict[str, Callable[[PolicyTerms], tuple[Tensor, dict[str, Tensor]]]] = {
+    "ppo": lambda t: losses.ppo_policy_loss(
+        t.logprobs, t.old_logprobs, t.advantages, t.mask, t.eps_clip, t.eps_clip_high, t.dual_clip
+    ),
+    "a2c": lambda t: losses.a2c_policy_loss(t.logprobs, t.advantages, t.mask),
+    "gspo": lambda t: losses.gspo_policy_loss(
+        t.logprobs, t.old_logprobs, t.advantages, t.mask, t.eps_clip, t.eps_clip_high
+    ),
+    "cispo": lambda t: losses.cispo_policy_loss(
+        t.logprobs, t.old_logprobs, t.advantages, t.mask, t.eps_clip, t.eps_clip_high
+    ),
+    "decoupled_ppo": lambda t: losses.decoupled_ppo_loss(
+        t.logprobs,
+        t.old_logprobs,
+        t.rollout_logprobs,
+        t.advantages,
+        t.mask,
+        t.eps_clip,
+        t.eps_clip_high,
+        t.dual_clip,
+    ),
+}
+
+#: ``f(old_logprobs, rollout_logprobs, mask, low, high) -> weight [B, T]`` without gradient, a factor of the loss.
+CORRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]] = {
+    "tis": lambda old, rollout, mask, _, high: losses.tis(old, rollout, high, mask),
+    "icepop": lambda old, rollout, mask, low, high: losses.icepop(old, rollout, low, high, mask),
+    "sequence_mask": losses.sequence_mask,
+}
+
+
+def lookup(table: dict[str, Any], name: str) -> Any:
+    """The entry ``name`` of one of the tables above, or the function that ``package.module:function`` names.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: the module has no such function.
+    """
+    if name in table:
+        return table[name]
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)

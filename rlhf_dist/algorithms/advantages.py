@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf_dist.algorithms.kl import on_last_token
+
 _BLOCK = 64
 
 
@@ -99,18 +101,41 @@ def dr_grpo(scores: Tensor, group_id: Tensor) -> Tensor:
     return _centre(scores, group_id)[0].to(scores.dtype)
 
 
-def group_mean_baseline(scores: Tensor, group_id: Tensor) -> Tensor:
-    """r − mean of the group, the first step of REINFORCE++-baseline (Hu et al., 2501.03262).
+@torch.no_grad()
+def reinforce_plus_plus(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Reward-to-go, whitened over the trained tokens of the whole batch (REINFORCE++, Hu et al., 2501.03262).
 
-    The result stands in for the scores: KL rewards, :func:`reward_to_go` and :func:`whiten` follow.
+    ``[B, T]`` from ``[B, T]``, 0 outside the mask. The KL belongs into ``rewards``.
     """
-    return dr_grpo(scores, group_id)
+    return whiten(reward_to_go(rewards, mask, gamma), mask)
 
 
 @torch.no_grad()
-def remax(scores: Tensor, greedy_scores: Tensor) -> Tensor:
-    """r − r(greedy response of the same prompt) (Li et al., 2310.10505); all ``[B]``."""
-    return scores - greedy_scores
+def reinforce_plus_plus_baseline(
+    rewards: Tensor, scores: Tensor, mask: Tensor, group_id: Tensor, gamma: float
+) -> Tensor:
+    """REINFORCE++ with the mean of the group's scores taken off first (2501.03262); ``[B, T]``.
+
+    Args:
+        rewards: ``[B, T]``, with ``scores`` on the last tokens.
+        scores: ``[B]``, what the group is compared by; a group of one has the baseline of its own score.
+    """
+    baseline = dr_grpo(scores, group_id) - scores
+    return reinforce_plus_plus(rewards + on_last_token(baseline, mask), mask, gamma)
+
+
+@torch.no_grad()
+def remax(rewards: Tensor, greedy_scores: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Reward-to-go less the score of the greedy response to the same prompt (ReMax, Li et al., 2310.10505).
+
+    Args:
+        rewards: ``[B, T]``.
+        greedy_scores: ``[B]``; the same for all samples of a prompt.
+
+    Returns:
+        ``[B, T]``, 0 outside the mask.
+    """
+    return reward_to_go(rewards + on_last_token(-greedy_scores, mask), mask, gamma)
 
 
 @torch.no_grad()

@@ -71,10 +71,15 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Returns:
         ``[B, T]``, 0 outside the mask. A row without trained tokens has nowhere to put its score: all 0.
     """
+    return torch.where(mask.bool(), -kl_coef * kl, 0) + on_last_token(scores, mask)
+
+
+@torch.no_grad()
+def on_last_token(x: Tensor, mask: Tensor) -> Tensor:
+    """``x [B]`` at the last trained token of each row, 0 elsewhere: ``[B, T]``."""
     mask = mask.bool()
     still_to_come = mask.flip(1).cumsum(1).flip(1)
-    rewards = torch.where(mask, -kl_coef * kl, 0)
-    return torch.where(mask & (still_to_come == 1), rewards + scores[:, None], rewards)
+    return torch.where(mask & (still_to_come == 1), x[:, None], 0)
 
 
 class FixedKLController:

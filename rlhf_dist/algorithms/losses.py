@@ -25,7 +25,6 @@ __all__ = [
     "gspo_policy_loss",
     "icepop",
     "ppo_policy_loss",
-    "ptx_loss",
     "sequence_mask",
     "soft_overlong_penalty",
     "tis",
@@ -192,11 +191,6 @@ def value_loss(
     # Clamped to bounds, not old + clamped difference, whose rounding would count as a clip.
     clipped = (values.clamp(old_values - value_clip, old_values + value_clip) - returns).square()
     return 0.5 * torch.maximum(loss, clipped), {"value_clip_frac": (clipped > loss).to(loss.dtype)}
-
-
-def ptx_loss(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
-    """−log π on pretraining text, the second term of PPO-ptx (2203.02155); ``[B, T]``, no metrics."""
-    return -torch.where(mask.bool(), logprobs, 0), {}
 
 
 def tis(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float = 2.0, mask: Tensor | None = None) -> Tensor:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy −log π on the response's tokens only: ``[B, T]``, no metrics."""
+    """Cross entropy −log π on the response's tokens only: ``[B, T]``, no metrics.
+
+    On pretraining text, where every token but the first is the response, it is the second term of PPO-ptx (2203.02155).
+    """
     return -torch.where(mask.bool(), logprobs, 0), {}
 
 

@@ -40,6 +40,10 @@ class Ragged(NamedTuple):
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
+        """Lengths of some rows, without a look at the others."""
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     @classmethod
     def of(cls, table: pa.Table, column: str) -> Ragged:
         data = table[column].combine_chunks()
@@ -73,6 +77,8 @@ class Batch:
     """Per-token columns of the table, scattered to ``[B, T]``."""
     rows: Sequence[int] = ()
     """Rows of the table, in order; empty for a dummy."""
+    response_index: Tensor | None = None
+    """Packed: ``[rows, longest]`` flat index of each row's response tokens, -1 after the last one."""
     first_label: int = 0
     """No index before this one (padded layout) predicts a response token."""
 
@@ -85,6 +91,13 @@ class Batch:
             if k != "columns"
         }
         return Batch(**moved, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """``x`` with one sample a row: as it is when padded, else its response tokens as ``[rows, longest]``."""
+        if self.response_index is None:
+            return x
+        flat = x.reshape(-1)
+        return torch.where(self.response_index >= 0, flat[self.response_index.clamp(min=0)], torch.zeros_like(flat[:1]))
 
     def gather(self, x: Tensor) -> np.ndarray:
         """The response tokens of ``x``, rows end to end."""
@@ -131,9 +144,39 @@ def _fill(lengths: np.ndarray, rows: list[int], max_tokens: int, packing: bool) 
     return plan
 
 
-def sequence_lengths(table: pa.Table) -> np.ndarray:
-    """Prompt plus response tokens of each row."""
-    return Ragged.of(table, "prompt_ids").lengths + Ragged.of(table, "response_ids").lengths
+def sequence_lengths(table: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Prompt plus response tokens of each of ``rows``."""
+    return Ragged.of(table, "prompt_ids").lengths_of(rows) + Ragged.of(table, "response_ids").lengths_of(rows)
+
+
+class TokenColumn:
+    """A column with one number per response token, collected from micro-batches in any order of rows.
+
+    Rows without a trained token (greedy responses, for instance) need no forward: they are 0.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.lengths = Ragged.of(table, "response_ids").lengths
+        masks = Ragged.of(table, "response_mask")
+        trained = np.diff(np.concatenate([[0], np.cumsum(masks.values, dtype=np.int64)])[masks.offsets]) > 0
+        self.wanted = np.flatnonzero(trained)
+        """Rows to compute."""
+        self.skipped = np.flatnonzero(~trained)
+        self.rows: list[int] = []
+        self.values: list[np.ndarray] = [np.empty(0, np.float32)]
+
+    def add(self, batch: Batch, x: Tensor) -> None:
+        self.rows += batch.rows
+        self.values.append(batch.gather(x))
+
+    def table(self, name: str, with_skipped: bool = True) -> pa.Table:
+        """``row`` and the column ``name``; of several ranks one has the skipped rows."""
+        rows, values = np.array(self.rows, np.int64), np.concatenate(self.values)
+        if with_skipped:
+            rows = np.concatenate([rows, self.skipped])
+            values = np.concatenate([values, np.zeros(int(self.lengths[self.skipped].sum()), np.float32)])
+        column = Ragged.to_arrow(values, self.lengths[rows])
+        return pa.table({"row": pa.array(rows), name: column.cast(pa.list_(pa.float32()))})
 
 
 def collate(
@@ -168,10 +211,40 @@ def collate_pairs(table: pa.Table, rows: Sequence[int], pad_id: int = 0, packing
     )
 
 
-def pair_lengths(table: pa.Table) -> np.ndarray:
-    """Cost of each pair: both sides, padded to the longer one."""
-    longer = np.maximum(Ragged.of(table, "chosen_ids").lengths, Ragged.of(table, "rejected_ids").lengths)
-    return 2 * (Ragged.of(table, "prompt_ids").lengths + longer)
+def pair_lengths(table: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Cost of each of ``rows``: both sides, padded to the longer one."""
+    sides = [Ragged.of(table, name).lengths_of(rows) for name in ("chosen_ids", "rejected_ids")]
+    return 2 * (Ragged.of(table, "prompt_ids").lengths_of(rows) + np.maximum(*sides))
+
+
+def collate_rankings(table: pa.Table, rows: Sequence[int], pad_id: int = 0, packing: bool = False) -> Batch:
+    """Rankings: the responses of ``rows[0]``, then those of ``rows[1]`` ...; columns ``prompt`` and ``rank``, ``[N]``.
+
+    ``last`` and both columns have one element for each response.
+    """
+    prompts, ranks = Ragged.of(table, "prompt_ids"), Ragged.of(table, "ranks")
+    responses = table["responses"]
+    sides = [[np.asarray(x, np.int32) for x in responses[r].as_py()] for r in rows]
+    batch = _layout(
+        [prompts[r] for r, side in zip(rows, sides, strict=True) for _ in side],
+        [x for side in sides for x in side],
+        None,
+        {},
+        rows,
+        pad_id,
+        packing,
+    )
+    index = np.repeat(np.arange(len(rows)), [len(side) for side in sides])
+    batch.columns["prompt"] = torch.from_numpy(index)
+    batch.columns["rank"] = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(ranks[r] for r in rows)]))
+    return batch
+
+
+def ranking_lengths(table: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """Cost of each of ``rows``: all of its responses, padded to the longest one."""
+    prompts = Ragged.of(table, "prompt_ids").lengths_of(rows)
+    longest = [[len(x) for x in table["responses"][int(r)].as_py()] for r in rows]
+    return np.array([len(x) * (p + max(x)) for x, p in zip(longest, prompts, strict=True)], np.int64)
 
 
 def _layout(
@@ -189,7 +262,8 @@ def _layout(
     p = np.array([len(x) for x in prompts])
     q = np.array([len(x) for x in responses])
     if (p == 0).any():
-        raise ValueError(f"row {rows[int(np.argmin(p))]} has an empty prompt; give it at least a BOS token")
+        row = rows[int(np.argmin(p)) * len(rows) // len(p)]
+        raise ValueError(f"row {row} has an empty prompt; give it at least a BOS token")
     n = p + q
     width = int(n.sum()) if packing else int(n.max())
     starts = np.concatenate([[0], np.cumsum(n)[:-1]]) if packing else np.arange(len(n)) * width
@@ -227,5 +301,12 @@ def _layout(
         last=torch.from_numpy(starts + n - 1),
         columns={name: as_tensor(x) for name, x in scattered.items()},
         rows=list(rows),
+        response_index=_response_index(starts + p - 1, q) if packing else None,
         first_label=0 if packing else int((p - 1).min()),
     )
+
+
+def _response_index(first: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """Flat indices ``first[i] ... first[i] + lengths[i] - 1`` of each row, filled up with -1."""
+    offset = np.arange(int(lengths.max(initial=0)))
+    return torch.from_numpy(np.where(offset < lengths[:, None], first[:, None] + offset, -1))

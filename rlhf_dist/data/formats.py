@@ -137,6 +137,11 @@ def _checked_prompt(turns: list[Message], key: str) -> list[Message]:
     return turns
 
 
+def plain_text(row: dict[str, Any]) -> Example:
+    """Pretraining text: ``text``, whatever ``data.format`` says of the other files."""
+    return Example(text=_text(row, "text"))
+
+
 def preferences(row: dict[str, Any]) -> Example:
     """``prompt`` (text or messages), ``chosen``, ``rejected``, and optionally ``margin`` >= 0 and ``source``."""
     if isinstance(row.get("prompt"), list):

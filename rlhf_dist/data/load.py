@@ -16,13 +16,16 @@ from __future__ import annotations
 import json
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from rlhf_dist.config import Config
 from rlhf_dist.data import formats, tokenization, world
+from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.formats import Example, Purpose
 from rlhf_dist.data.readers import RowErrors, read_rows
 
@@ -96,10 +99,29 @@ def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[
     return table, _report(table, errors, too_long, held_out)
 
 
+def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
+    """Text for ``algo.ptx_coef``, every token but the first one a target, as ``schema.DEMONSTRATION``.
+
+    The rows of ``data.pretrain``, cut into pieces of ``sft.max_length`` tokens; without such a file the
+    demonstrations, prompts included.
+    """
+    if cfg.data.pretrain is None:
+        table, report = load_demonstrations(cfg, tokenizer_dir, "train")
+        prompts, responses = Ragged.of(table, "prompt_ids"), Ragged.of(table, "response_ids")
+        texts = [np.concatenate([prompts[i], responses[i]]) for i in range(table.num_rows)]
+        return tokenization.pretraining_table(texts, cfg.sft.max_length), report
+    errors = RowErrors(cfg.data.on_bad_row)
+    rows = [row.text or "" for row in _parsed(cfg, cfg.data.pretrain, "train", formats.plain_text, errors)]
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    table = tokenization.tokenize_pretraining(tokenizer, rows, cfg.sft.max_length)
+    _check_rows(table, "pretraining text", 0)
+    return table, _report(table, errors, 0, 0)
+
+
 def load_comparisons(
-    cfg: Config, tokenizer_dir: str, split: Split, sampled: pa.Table | None = None
+    cfg: Config, tokenizer_dir: str, split: Split, max_length: int, sampled: pa.Table | None = None
 ) -> tuple[pa.Table, Report]:
-    """Comparisons of at most ``reward_model.max_length`` tokens a side, as ``schema.COMPARISON``.
+    """Comparisons of at most ``max_length`` tokens a side, as ``schema.COMPARISON``.
 
     ``sampled`` (world, training split) is a rollout table for prompts of ``load_prompts(cfg, ..., "train")``; a share
     ``data.world.sampled_pairs`` of the pairs is made of its responses, as far as they yield pairs that differ; the
@@ -115,11 +137,41 @@ def load_comparisons(
         raise ValueError(f"data.format={cfg.data.format} takes no sampled pairs: nobody can label them")
     else:
         rows, held_out = _read(cfg, split, "comparisons", errors)
-    table, too_long = tokenization.tokenize_comparisons(tokenizer, rows, cfg.reward_model.max_length)
+    table, too_long = tokenization.tokenize_comparisons(tokenizer, rows, max_length)
     if cfg.reward_model.shuffle_labels and split == "train":
         table = _shuffle_labels(table, cfg.seed)
-    _check_rows(table, f"comparisons within reward_model.max_length={cfg.reward_model.max_length}", too_long)
+    _check_rows(table, f"comparisons within max_length={max_length}", too_long)
     return table, _report(table, errors, too_long, held_out) | extra
+
+
+def load_rankings(
+    cfg: Config, tokenizer_dir: str, split: Split, max_length: int, sampled: pa.Table | None = None
+) -> tuple[pa.Table, Report]:
+    """The world's rankings of at most ``max_length`` tokens a response, as ``schema.RANKING``.
+
+    As many as make ``data.world.comparisons`` pairs; arguments as in :func:`load_comparisons`.
+
+    Raises:
+        ValueError: another format, or the held-out split: a reward model is tested on comparisons.
+    """
+    if cfg.data.format != "world" or split == "test":
+        raise ValueError(f"data.format={cfg.data.format} holds no rankings (split {split})")
+    settings, tokenizer = cfg.data.world, tokenization.load_tokenizer(tokenizer_dir)
+    k = settings.ranked_responses
+    wanted = settings.comparisons // (k * (k - 1) // 2)
+    rows: list[dict[str, Any]] = []
+    if sampled is not None:
+        responses = _sampled_responses(cfg, tokenizer, sampled)
+        share = round(wanted * settings.sampled_pairs)
+        rows = world.make_rankings(cfg.seed, share, k, settings.label_noise, responses)
+    rows += world.make_rankings(cfg.seed, wanted - len(rows), k, settings.label_noise)
+    random.Random(f"{cfg.seed} ranking order").shuffle(rows)
+    prompts = [_world_example(row) for row in rows]
+    table, too_long = tokenization.tokenize_rankings(
+        tokenizer, prompts, [r["responses"] for r in rows], [r["ranks"] for r in rows], max_length
+    )
+    _check_rows(table, f"rankings within max_length={max_length}", too_long)
+    return table, _report(table, RowErrors("skip"), too_long, 0)
 
 
 def _read(cfg: Config, split: Split, purpose: Purpose, errors: RowErrors) -> tuple[list[Example], int]:
@@ -140,16 +192,21 @@ def _read(cfg: Config, split: Split, purpose: Purpose, errors: RowErrors) -> tup
 
 
 def _read_file(cfg: Config, name: str, split: Split, purpose: Purpose, errors: RowErrors) -> list[Example]:
+    return _parsed(cfg, name, split, lambda row: formats.parse(cfg.data.format, row, purpose), errors)
+
+
+def _parsed(
+    cfg: Config, name: str, split: Split, parse: Callable[[dict[str, Any]], Example], errors: RowErrors
+) -> list[Example]:
     folder = cfg.data.dir or ""
     if name.startswith("hub:"):
         path = name
     else:
         path = folder if folder.startswith("hub:") else str(Path(folder) / name)
-    raw = read_rows(path, errors, cfg.data.max_rows, hub_split=split)
-    rows = list(errors.parsed(raw, lambda row: formats.parse(cfg.data.format, row, purpose)))
+    rows = list(errors.parsed(read_rows(path, errors, cfg.data.max_rows, hub_split=split), parse))
     if not rows:
         first = f"; the first of {errors.count} faulty rows: {errors.messages[0]}" if errors.messages else ""
-        raise ValueError(f"{path} has no usable row for data.format={cfg.data.format} ({purpose}){first}")
+        raise ValueError(f"{path} has no usable row for data.format={cfg.data.format}{first}")
     return rows
 
 

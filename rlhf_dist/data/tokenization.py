@@ -187,6 +187,45 @@ def tokenize_comparisons(
     return pa.table(columns, schema=schema.COMPARISON), len(rows) - len(kept)
 
 
+def tokenize_rankings(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    responses: Sequence[Sequence[str]],
+    ranks: Sequence[Sequence[float]],
+    max_length: int,
+) -> tuple[pa.Table, int]:
+    """A table of ``schema.RANKING`` and the number left out, whose longest response exceeds ``max_length`` in all."""
+    prompts = _prompt_ids(tokenizer, rows)
+    flat = [(row, text) for row, texts in zip(rows, responses, strict=True) for text in texts]
+    ids = iter(_continuation_ids(tokenizer, [row for row, _ in flat], [text for _, text in flat]))
+    by_row = [[next(ids) for _ in texts] for texts in responses]
+    fits = [len(p) + max(map(len, r)) <= max_length for p, r in zip(prompts, by_row, strict=True)]
+    kept = [i for i, fit in enumerate(fits) if fit]
+    columns: dict[str, list[Any]] = {
+        "prompt_ids": [prompts[i] for i in kept],
+        "responses": [by_row[i] for i in kept],
+        "ranks": [list(ranks[i]) for i in kept],
+    }
+    return pa.table(columns, schema=schema.RANKING), len(rows) - len(kept)
+
+
+def tokenize_pretraining(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> pa.Table:
+    """Whole texts, end of text included, as :func:`pretraining_table`."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return pretraining_table([[*bos, *ids] for ids in _response_ids(tokenizer, texts)], max_length)
+
+
+def pretraining_table(texts: Iterable[Sequence[int]], max_length: int) -> pa.Table:
+    """Pieces of at most ``max_length`` tokens as ``schema.DEMONSTRATION``: the first token is given, the rest learned.
+
+    Pieces of a single token have nothing to learn and are left out.
+    """
+    pieces = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    columns = {"prompt_ids": [p[:1] for p in pieces], "response_ids": [p[1:] for p in pieces]}
+    return pa.table(columns, schema=schema.DEMONSTRATION)
+
+
 def training_texts(rows: Iterable[Example]) -> Iterator[str]:
     """What a tokenizer is trained on: prompts in the plain form, and responses."""
     for row in rows:

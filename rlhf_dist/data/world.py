@@ -131,6 +131,47 @@ def make_comparisons(
     return rows
 
 
+def make_rankings(
+    seed: int,
+    n: int,
+    k: int,
+    label_noise: float,
+    sampled: Sequence[tuple[dict[str, Any], Sequence[str]]] | None = None,
+) -> list[dict[str, Any]]:
+    """At most ``n`` prompts with ``k`` different responses, ranked by the gold score (0 is best, equal scores tie).
+
+    In a share ``label_noise`` of them two responses change places. With ``sampled`` the responses are taken from
+    there, each prompt once, where it has ``k`` different ones; otherwise they are like the demonstrations. Rows:
+    a prompt's row with ``responses`` and ``ranks``. Rankings where all tie are dropped.
+    """
+    rng = random.Random(f"{seed} rankings {'demonstrations' if sampled is None else 'sampled'}")
+    if sampled is None:
+        draws = [(task.row(), _different_responses(rng, task, k)) for task in draw_tasks(rng, n, "train")]
+    else:
+        draws = [(row, rng.sample(unique, k)) for row, r in sampled if len(unique := sorted(set(r))) >= k]
+    rows = []
+    for row, responses in draws:
+        scores = [gold(row, response) for response in responses]
+        if len(set(scores)) == 1:
+            continue
+        if rng.random() < label_noise:
+            i, j = rng.sample(range(k), 2)
+            scores[i], scores[j] = scores[j], scores[i]
+        best_first = sorted(set(scores), reverse=True)
+        rows.append(row | {"responses": responses, "ranks": [float(best_first.index(s)) for s in scores]})
+    return rows[:n]
+
+
+def _different_responses(rng: random.Random, task: Task, k: int) -> list[str]:
+    """``k`` of them, as far as a thousand tries find them."""
+    found: dict[str, None] = {}
+    for _ in range(1000):
+        found[_respond(rng, task)] = None
+        if len(found) == k:
+            return list(found)
+    raise ValueError(f"the world has no {k} different responses to {task.row()['prompt']!r}; lower ranked_responses")
+
+
 def _comparison(row: dict[str, Any], chosen: str, rejected: str, source: str) -> dict[str, Any]:
     pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
     return pair | {"source": source, "margin": 0.0, "family": row["family"]}

@@ -19,12 +19,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.kl import kl_estimate
-from rlhf_dist.algorithms.losses import aggregate, ppo_policy_loss, value_loss
-from rlhf_dist.algorithms.preferences import pairwise_loss
+from rlhf_dist import algorithms
+from rlhf_dist.algorithms.kl import k3_clamped, kl_estimate
+from rlhf_dist.algorithms.losses import aggregate, value_loss
+from rlhf_dist.algorithms.preferences import dpo_loss, ipo_loss, kwise_loss, pairwise_loss
 from rlhf_dist.algorithms.supervised import sft_loss
-from rlhf_dist.config import AlgoConfig
-from rlhf_dist.data.batching import Batch, Ragged, collate, collate_pairs, pair_lengths, sequence_lengths
+from rlhf_dist.config import CORRECTION_BOUNDS, AlgoConfig, DPOConfig
+from rlhf_dist.data.batching import (
+    Batch,
+    Ragged,
+    collate,
+    collate_pairs,
+    collate_rankings,
+    pair_lengths,
+    ranking_lengths,
+    sequence_lengths,
+)
 
 Metrics = dict[str, Tensor]
 
@@ -40,8 +50,8 @@ class Totals:
 class Objective(Protocol):
     """See the module's docstring."""
 
-    def lengths(self, table: pa.Table) -> np.ndarray:
-        """Tokens that each row costs."""
+    def lengths(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
+        """Tokens that each of ``rows`` costs."""
 
     def totals(self, table: pa.Table, rows: np.ndarray) -> Totals: ...
 
@@ -55,72 +65,86 @@ class _Sequences:
 
     columns: tuple[str, ...] = ()
 
-    def lengths(self, table: pa.Table) -> np.ndarray:
-        return sequence_lengths(table)
+    def lengths(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
+        return sequence_lengths(table, rows)
 
     def totals(self, table: pa.Table, rows: np.ndarray) -> Totals:
         if "response_mask" in table.column_names:
             masks = Ragged.of(table, "response_mask")
-            counts = np.add.reduceat(np.append(masks.values, 0).astype(np.int64), masks.offsets[:-1])
-            counts[masks.lengths == 0] = 0  # reduceat repeats a value for an empty row
+            tokens = sum(int(masks[row].sum()) for row in rows)
         else:
-            counts = Ragged.of(table, "response_ids").lengths
-        return Totals(max(1, int(counts[rows].sum())), len(rows))
+            tokens = int(Ragged.of(table, "response_ids").lengths_of(rows).sum())
+        return Totals(max(1, tokens), len(rows))
 
     def collate(self, table: pa.Table, rows: Sequence[int], pad_id: int, packing: bool) -> Batch:
         present = [c for c in self.columns if c in table.column_names]
         return collate(table, rows, present, pad_id, packing)
 
 
-def _mean(x: Tensor, batch: Batch, totals: Totals) -> Tensor:
+def _mean(x: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Share of this micro-batch in the mean over all trained tokens."""
-    return torch.where(batch.mask, x, 0.0).sum().detach() / totals.tokens
+    return torch.where(mask, x, 0.0).sum().detach() / totals.tokens
 
 
 class SFTObjective(_Sequences):
-    """Cross entropy on the response's tokens."""
+    """Cross entropy on the response's tokens: of demonstrations, or of pretraining text beside PPO (PPO-ptx)."""
+
+    def __init__(self, coef: float = 1.0, metric: str = "loss") -> None:
+        self.coef = coef
+        self.metric = metric
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
-        logprobs, _ = module(batch)
+        # The sampling temperature of PPO has no meaning for text that was not sampled.
+        logprobs, _ = module(batch, temperature=1.0)
         per_token, _ = sft_loss(logprobs, batch.mask)
         loss = per_token.sum() / totals.tokens
-        return loss, {"loss": loss.detach()}
+        return self.coef * loss, {self.metric: loss.detach()}
 
 
 class PolicyObjective(_Sequences):
-    """Clipped policy gradient with entropy bonus and, if asked for, the KL in the loss."""
+    """The policy loss of the config, with correction for the sampler, entropy bonus and the KL in the loss."""
 
     columns = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages")
 
     def __init__(self, algo: AlgoConfig, max_response_length: int) -> None:
         self.algo = algo
         self.max_response_length = max_response_length
+        self.policy_loss = algorithms.lookup(algorithms.POLICY_LOSSES, algo.policy_loss)
+        self.correction = algorithms.CORRECTIONS.get(algo.rollout_correction)
+        self.bounds = algo.correction_bounds or CORRECTION_BOUNDS.get(algo.rollout_correction, (0.0, 0.0))
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
-        algo, c = self.algo, batch.columns
-        logprobs, entropy = module(batch, entropy=True)
-        per_token, parts = ppo_policy_loss(
-            logprobs,
-            c["old_logprobs"],
-            c["advantages"],
-            batch.mask,
-            eps_clip=algo.eps_clip,
-            eps_clip_high=algo.eps_clip_high,
-            dual_clip=algo.dual_clip,
+        algo = self.algo
+        logprobs, entropy, mask = (batch.by_row(x) for x in (*module(batch, entropy=True), batch.mask))
+        columns = {name: batch.by_row(x) for name, x in batch.columns.items()}
+        old, rollout = columns["old_logprobs"], columns["rollout_logprobs"]
+        per_token, parts = self.policy_loss(
+            algorithms.PolicyTerms(
+                logprobs=logprobs,
+                old_logprobs=old,
+                rollout_logprobs=rollout,
+                advantages=columns["advantages"],
+                mask=mask,
+                eps_clip=algo.eps_clip,
+                eps_clip_high=algo.eps_clip_high,
+                dual_clip=algo.dual_clip,
+            )
         )
-        metrics = {
-            "policy_loss": _mean(per_token, batch, totals),
-            "entropy": _mean(entropy, batch, totals),
-            **{name: _mean(parts[name], batch, totals) for name in ("clip_frac", "ppo_kl")},
-        }
+        if self.correction is not None:
+            parts["correction_weight"] = self.correction(old, rollout, mask, *self.bounds)
+            per_token = per_token * parts["correction_weight"]
+        parts |= {"policy_loss": per_token, "entropy": entropy}
         per_token = per_token - algo.entropy_coef * entropy
-        if "ref_logprobs" in c:
-            metrics["kl"] = _mean(kl_estimate(logprobs, c["ref_logprobs"], "k3"), batch, totals)
+        if "ref_logprobs" in columns:
+            ref = columns["ref_logprobs"]
+            parts["kl"] = kl_estimate(logprobs, ref, "k3", mask)
+            parts["k3_clamped_frac"] = k3_clamped(logprobs, ref, mask)
             if algo.use_kl_loss:
-                per_token = per_token + algo.kl_coef * kl_estimate(logprobs, c["ref_logprobs"], algo.kl_estimator)
+                per_token = per_token + algo.kl_coef * kl_estimate(logprobs, ref, algo.kl_estimator, mask)
         loss = aggregate(
-            per_token, batch.mask, algo.loss_aggregation, totals.tokens, totals.sequences, self.max_response_length
+            per_token, mask, algo.loss_aggregation, totals.tokens, totals.sequences, self.max_response_length
         )
+        metrics = {name: _mean(x, mask, totals) for name, x in parts.items()}
         return loss, {**metrics, "loss": loss.detach()}
 
 
@@ -141,25 +165,38 @@ class CriticObjective(_Sequences):
         moments = {"_r1": returns, "_r2": returns**2, "_e1": residual, "_e2": residual**2}
         return loss, {
             "value_loss": loss.detach(),
-            "value_clip_frac": _mean(parts["value_clip_frac"], batch, totals),
-            "value_mean": _mean(old, batch, totals),
-            **{name: _mean(x, batch, totals) for name, x in moments.items()},
+            "value_clip_frac": _mean(parts["value_clip_frac"], batch.mask, totals),
+            "value_mean": _mean(old, batch.mask, totals),
+            **{name: _mean(x, batch.mask, totals) for name, x in moments.items()},
         }
 
 
-class PairwiseObjective:
-    """Bradley-Terry loss of the reward model; both sides of a pair share a micro-batch."""
+class _Pairs:
+    """Shared by the objectives whose rows are comparisons; both sides of a pair share a micro-batch."""
 
-    def lengths(self, table: pa.Table) -> np.ndarray:
-        return pair_lengths(table)
+    columns: tuple[str, ...] = ()
+
+    def lengths(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
+        return pair_lengths(table, rows)
 
     def totals(self, table: pa.Table, rows: np.ndarray) -> Totals:
         return Totals(tokens=len(rows), sequences=len(rows))
 
     def collate(self, table: pa.Table, rows: Sequence[int], pad_id: int, packing: bool) -> Batch:
         batch = collate_pairs(table, rows, pad_id, packing)
-        batch.columns["margin"] = torch.tensor([table["margin"][r].as_py() for r in rows], dtype=torch.float32)
+        for name in self.columns:
+            batch.columns[name] = torch.tensor([table[name][r].as_py() for r in rows], dtype=torch.float32)
         return batch
+
+
+def _shares(parts: Metrics, count: int) -> Metrics:
+    return {name: x.sum().detach() / count for name, x in parts.items()}
+
+
+class PairwiseObjective(_Pairs):
+    """Bradley-Terry loss of the reward model."""
+
+    columns = ("margin",)
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         scores = module(batch).reshape(-1)[batch.last]
@@ -168,5 +205,54 @@ class PairwiseObjective:
             return zero, {name: zero.detach() for name in ("loss", "accuracy", "margin")}
         per_pair, parts = pairwise_loss(scores[0::2], scores[1::2], batch.columns["margin"])
         loss = per_pair.sum() / totals.sequences
-        means = {name: parts[name].sum().detach() / totals.sequences for name in ("accuracy", "margin")}
-        return loss, {"loss": loss.detach(), **means}
+        return loss, {"loss": loss.detach(), **_shares(parts, totals.sequences)}
+
+
+class KWiseObjective:
+    """All pairs of a prompt's ranked responses, at one forward for each response."""
+
+    def lengths(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
+        return ranking_lengths(table, rows)
+
+    def totals(self, table: pa.Table, rows: np.ndarray) -> Totals:
+        ranks = Ragged.of(table, "ranks")
+        # A prompt whose responses are all tied has no pair, and does not count in the mean.
+        prompts = sum(len(np.unique(ranks[row])) > 1 for row in rows)
+        return Totals(tokens=max(1, prompts), sequences=max(1, prompts))
+
+    def collate(self, table: pa.Table, rows: Sequence[int], pad_id: int, packing: bool) -> Batch:
+        return collate_rankings(table, rows, pad_id, packing)
+
+    def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
+        scores = module(batch).reshape(-1)[batch.last]
+        if not batch.rows:  # a dummy; see PolicyModule
+            zero = 0.0 * scores.sum()
+            return zero, {name: zero.detach() for name in ("loss", "accuracy", "margin")}
+        loss, parts = kwise_loss(scores, batch.columns["prompt"], batch.columns["rank"], totals.sequences)
+        return loss, {"loss": loss.detach(), **_shares(parts, totals.sequences)}
+
+
+class DPOObjective(_Pairs):
+    """DPO, cDPO and IPO; the reference is the policy before the first step (see ``LearnerWorker.pair_logprobs``)."""
+
+    columns = ("ref_chosen", "ref_rejected")
+
+    def __init__(self, cfg: DPOConfig) -> None:
+        self.cfg = cfg
+
+    def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
+        sums = pair_logprobs(module, batch)
+        if not batch.rows:  # a dummy; see PolicyModule
+            zero = sums.sum()
+            names = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+            return zero, {name: zero.detach() for name in names}
+        terms = (sums[0::2], sums[1::2], batch.columns["ref_chosen"], batch.columns["ref_rejected"], self.cfg.beta)
+        per_pair, parts = ipo_loss(*terms) if self.cfg.loss == "ipo" else dpo_loss(*terms, self.cfg.label_smoothing)
+        loss = per_pair.sum() / totals.sequences
+        return loss, {"loss": loss.detach(), **_shares(parts, totals.sequences)}
+
+
+def pair_logprobs(module: Callable, batch: Batch) -> Tensor:
+    """Log-probabilities of whole responses at temperature 1, chosen and rejected in turn: ``[2 n]``."""
+    logprobs, _ = module(batch, temperature=1.0)
+    return batch.by_row(torch.where(batch.mask, logprobs, 0.0)).sum(1)

@@ -44,7 +44,7 @@ class Evaluator:
         figures = {f"eval/{k}": v for k, v in result["metrics"].items()}
         figures |= {f"eval/{k}_best_of_{cfg.n_samples_per_prompt}": v for k, v in result["best_of_n"].items()}
         if cfg.greedy:
-            greedy = self._sample(1, greedy=True)["metrics"]
+            greedy = self._sample(0, greedy=True)["metrics"]
             figures |= {f"eval/{k}_greedy": v for k, v in greedy.items() if k in result["std"]}
         for name, value in figures.items():
             self.run.summary.set(f"eval.{stage}.{name.removeprefix('eval/')}", value)
@@ -64,21 +64,35 @@ class Evaluator:
         if self.reference is not None:
             columns.append(self.reference.logprobs(rollouts))
         rollouts.wait(self.run.cfg.run.wait_limit)
-        return self.experience.summarize(rollouts, columns, self.prompts, self.run.cfg.evaluation.group_by, n)
+        return self.experience.summarize(rollouts, columns, self.prompts, self.run.cfg.evaluation.group_by, n + greedy)
 
 
 def evaluate(run: Run, model_path: str) -> None:
     """Evaluate the policy in ``model_path`` as it is on disk."""
-    generators = groups.GeneratorGroup(run, model_path, from_learner=False)
-    experience = groups.experience(run)
-    metrics = groups.evaluation_metrics(run)
-    trained = any(c.model == "trained" for c in run.cfg.reward.components)
-    reward = None if trained else groups.reward(run, None)
-    run.start(generator=generators, experience=experience, reward=reward, metrics=metrics)
-    evaluator = Evaluator(run, generators, experience, reward=reward, metrics=metrics)
-    result = evaluator("policy", 0)
-    show(run, {"policy": result})
-    run.finish_stage()
+    compare(run, {"policy": model_path})
+
+
+def compare(run: Run, policies: dict[str, str]) -> None:
+    """Evaluate policies on disk, one after the other, and show them side by side; the first is the KL's reference.
+
+    Args:
+        policies: name of each in the summary and in the tables, and its folder.
+    """
+    first = next(iter(policies.values()))
+    results = {}
+    for name, path in policies.items():
+        generators = groups.GeneratorGroup(run, path, from_learner=False)
+        experience = groups.experience(run)
+        metrics = groups.evaluation_metrics(run)
+        reward = None if run.cfg.trains_reward else groups.reward(run, None)
+        reference = groups.reference(run, first) if len(policies) > 1 else None
+        run.start(generator=generators, experience=experience, reward=reward, reference=reference, metrics=metrics)
+        evaluator = Evaluator(run, generators, experience, reward, reference, metrics)
+        with run.terminal.stage(f"evaluating {name}", 1) as bar:
+            results[name] = evaluator(name, 0)
+            bar.update(1, {k: v for k, v in results[name]["metrics"].items() if k in results[name]["std"]})
+        run.finish_stage()
+    show(run, results)
 
 
 def show(run: Run, results: dict[str, dict[str, Any]]) -> None:

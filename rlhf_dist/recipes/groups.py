@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ray.actor import ActorHandle
-
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
-from rlhf_dist.actors.group import Group, Resources
+from rlhf_dist.actors.group import Group, Holder, Resources
 from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec
 from rlhf_dist.actors.scorer import (
     Reference,
@@ -19,17 +17,16 @@ from rlhf_dist.actors.scorer import (
     scorer_group,
 )
 from rlhf_dist.config import LearnerConfig, OptimConfig, ReplicaConfig, RewardComponent
-from rlhf_dist.observability.trace import Span
 from rlhf_dist.run import Run
 
 
-class GeneratorGroup:
+class GeneratorGroup(Holder):
     """The vLLM engines."""
 
     def __init__(self, run: Run, model_path: str, from_learner: bool) -> None:
         g = run.cfg.generator
         # Calls of one engine overlap: a weight update comes in while a stream is open.
-        self.group = Group(
+        group = Group(
             "generator",
             Generator,
             g.replicas,
@@ -39,19 +36,8 @@ class GeneratorGroup:
             seconds=run.cfg.run.startup_limit,
             concurrency=4,
         )
-
-    @property
-    def actors(self) -> list[ActorHandle]:
-        return self.group.actors
-
-    def wait_ready(self) -> None:
-        self.group.wait_ready()
-
-    def spans(self) -> list[Span]:
-        return self.group.spans()
-
-    def release(self) -> None:
-        self.group.release()
+        super().__init__(group)
+        self.actors = group.actors
 
 
 def learner(
@@ -60,7 +46,7 @@ def learner(
     model_path: str,
     *,
     head: Literal["policy", "scalar"],
-    objective: Literal["sft", "pairwise", "policy", "critic"] | None,
+    objective: Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"] | None,
     placement: LearnerConfig,
     optim: OptimConfig | None,
     micro_batch_tokens: int,
@@ -80,8 +66,9 @@ def learner(
         micro_batch_tokens=micro_batch_tokens,
         packing=packing,
         total_steps=total_steps,
-        temperature=cfg.rollout.temperature if objective != "sft" else 1.0,
-        algo=cfg.algo,
+        temperature=cfg.rollout.temperature,
+        algo=cfg.resolved_algo,
+        dpo=cfg.dpo,
         max_response_length=cfg.rollout.max_response_length,
         shard_mb=cfg.weight_sync.shard_mb,
         pad_id=run.pad_id,
@@ -170,7 +157,13 @@ def experience(run: Run) -> ExperienceGroup:
     cfg = run.cfg
     folder = run.path("rollouts") if cfg.run.save_rollouts else None
     return ExperienceGroup(
-        cfg.algo, cfg.reward, run.tokenizer_dir, folder, cfg.cluster.placement, cfg.run.startup_limit
+        cfg.algo,
+        cfg.reward,
+        cfg.rollout.max_response_length,
+        run.tokenizer_dir,
+        folder,
+        cfg.cluster.placement,
+        cfg.run.startup_limit,
     )
 
 

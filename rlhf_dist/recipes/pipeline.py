@@ -1,6 +1,7 @@
-"""The whole recipe in order: SFT, comparisons of its samples, reward model, PPO.
+"""Several stages in order, each from the result of the one before: by default SFT, reward model, PPO.
 
     python -m rlhf_dist.main
+    python -m rlhf_dist.main pipeline.stages=[sft,dpo]
 
 Source: Ouyang et al., 2203.02155.
 """
@@ -12,6 +13,7 @@ from ray import ObjectRef
 from rlhf_dist.actors.data import concatenate, load_table
 from rlhf_dist.actors.dispatch import generate
 from rlhf_dist.recipes import groups
+from rlhf_dist.recipes.dpo import dpo
 from rlhf_dist.recipes.evaluate import FIRST_GROUP
 from rlhf_dist.recipes.ppo import ppo
 from rlhf_dist.recipes.reward_model import reward_model
@@ -23,17 +25,21 @@ SAMPLES_PER_PROMPT = 4
 
 
 def pipeline(run: Run) -> str:
-    """Returns the folder of the final policy."""
-    sft_path = sft(run, run.model_path)
-    sampled = sample_for_comparisons(run, sft_path) if needs_samples(run) else None
-    trains_reward = any(c.model == "trained" for c in run.cfg.reward.components)
-    reward_path = reward_model(run, sft_path, sampled) if trains_reward else None
-    return ppo(run, sft_path, reward_path)
-
-
-def needs_samples(run: Run) -> bool:
-    """Only the embedded world can label new samples; elsewhere comparisons come from the data."""
-    return run.cfg.data.format == "world" and run.cfg.data.world.sampled_pairs > 0
+    """Returns the folder of the last stage's result."""
+    policy, reward, sampled = run.model_path, None, None
+    for stage in run.cfg.stages:
+        if stage in ("reward_model", "dpo") and run.cfg.samples_comparisons and sampled is None:
+            sampled = sample_for_comparisons(run, policy)
+        match stage:
+            case "sft":
+                policy = sft(run, policy)
+            case "reward_model":
+                reward = reward_model(run, policy, sampled)
+            case "dpo":
+                policy = dpo(run, policy, sampled)
+            case "ppo":
+                policy = ppo(run, policy, reward)
+    return policy if run.cfg.stages[-1] != "reward_model" or reward is None else reward
 
 
 def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:

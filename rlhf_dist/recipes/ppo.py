@@ -1,4 +1,4 @@
-"""PPO, and everything that shares its loop: GRPO, RLOO, REINFORCE with or without a critic and a reference.
+"""PPO, and everything that shares its loop: GRPO, RLOO, REINFORCE++, ReMax, A2C ...; the config says which.
 
     python -m rlhf_dist.main recipe=ppo model.path=... reward.components=[...]
 
@@ -15,10 +15,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
+from ray import ObjectRef
+
 from rlhf_dist.actors.data import load_table
-from rlhf_dist.actors.dispatch import RolloutBatch, RolloutStream
-from rlhf_dist.actors.experience import ScoreScale
+from rlhf_dist.actors.dispatch import Columns, RolloutBatch, RolloutStream
+from rlhf_dist.actors.experience import ExperienceGroup
+from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.data.experience import ScoreScale
 from rlhf_dist.data.prompts import PromptOrder, minibatches
 from rlhf_dist.observability.trace import Trace
 from rlhf_dist.recipes import groups
@@ -35,6 +40,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     reference = groups.reference(run, model_path) if cfg.uses_reference else None
     experience = groups.experience(run)
     metrics = groups.evaluation_metrics(run)
+    pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
     run.start(
         generator=generators,
         policy=policy,
@@ -53,6 +59,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
         PromptOrder(report["rows"], cfg.seed, cfg.data.shuffle),
         batch_size=cfg.rollout.batch_size,
         n_samples_per_prompt=cfg.rollout.n_samples_per_prompt,
+        greedy=cfg.uses_greedy,
         max_staleness=cfg.rollout.max_staleness,
     )
     stream.publish(policy.weights(version=0))
@@ -70,6 +77,8 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             ref = reference.logprobs(rollouts) if reference else None
             values = critic.values(rollouts) if critic else None
             rollouts.wait(cfg.run.wait_limit)
+            if cfg.rollout.dynamic_sampling:
+                replace_groups_without_spread(run, stream, rollouts, experience, scores)
             clock.lap("generate")
 
             columns = [c for c in (scores, old, ref, values) if c is not None]
@@ -78,12 +87,11 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             clock.lap("score")
 
             rows = minibatches(cfg.samples_per_step, cfg.train.batch_size, cfg.updates_per_step, [cfg.seed, step])
-            if critic and step <= cfg.critic.warmup_steps:
-                stats = critic.update(batch, rows)
-            elif critic:
-                stats = policy.update(batch, rows) | critic.update(batch, rows)
-            else:
-                stats = policy.update(batch, rows)
+            stats = PendingStats()
+            if step > cfg.critic.warmup_steps:
+                stats |= policy.update(batch, rows, pretrain.minibatches(step) if pretrain else None)
+            if critic:
+                stats |= critic.update(batch, rows)
             figures |= stats.result()
             stream.trained(rollouts)
             clock.lap("update")
@@ -105,6 +113,35 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     run.collect_spans()
     run.finish_stage()
     return run.path("policy")
+
+
+def replace_groups_without_spread(
+    run: Run, stream: RolloutStream, rollouts: RolloutBatch, experience: ExperienceGroup, scores: Columns
+) -> None:
+    """Dynamic sampling (DAPO, 2503.14476): new prompts for groups whose scores are all equal and teach nothing."""
+    for _ in range(run.cfg.rollout.dynamic_sampling_rounds):
+        equal = experience.without_spread(rollouts, scores)
+        if not equal:
+            return
+        stream.replace(rollouts, equal)
+        rollouts.wait(run.cfg.run.wait_limit)
+    left = len(experience.without_spread(rollouts, scores))
+    run.terminal.info(f"dynamic sampling: {left} groups without spread are left (rollout.dynamic_sampling_rounds)")
+
+
+class PretrainText:
+    """The text of PPO-ptx (2203.02155, section 3.5) and which rows of it each step reads."""
+
+    def __init__(self, run: Run) -> None:
+        self.cfg = run.cfg
+        self.table, report = load_table("pretrain", run.cfg, run.tokenizer_dir)
+        self.rows = report["rows"]
+        run.note_rows("pretraining text", report)
+
+    def minibatches(self, step: int) -> tuple[ObjectRef, list[np.ndarray]]:
+        """The table and its rows for each optimizer step of a PPO step."""
+        size = min(self.cfg.algo.ptx_batch_size or self.cfg.train.batch_size, self.rows)
+        return self.table, minibatches(self.rows, size, self.cfg.updates_per_step, [self.cfg.seed, step, 1])
 
 
 class StepClock:
@@ -132,6 +169,7 @@ class StepClock:
             "timing/step": self.seconds,
             "perf/throughput": rollouts.tokens / self.seconds,
             "perf/samples_per_second": rollouts.samples / self.seconds,
+            "rollout/groups_left_out": float(len(rollouts.left_out)),
         }
 
 

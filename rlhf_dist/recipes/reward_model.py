@@ -1,4 +1,4 @@
-"""The reward model: Bradley-Terry on comparisons, then accuracy on held-out ones.
+"""The reward model: Bradley-Terry on comparisons, or on all pairs of rankings; then accuracy on held-out comparisons.
 
     python -m rlhf_dist.main recipe=reward_model model.path=...
 
@@ -25,16 +25,17 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
         sampled: rollouts of the SFT policy, of which the embedded world makes a part of its pairs.
     """
     cfg = run.cfg.reward_model
-    table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", sampled)
-    run.note_rows("comparisons", report)
-    test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test")
+    kind = "rankings" if cfg.loss == "kwise" else "comparisons"
+    table, report = load_table(kind, run.cfg, run.tokenizer_dir, "train", cfg.max_length, sampled)
+    run.note_rows(kind, report)
+    test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
     run.note_rows("held-out comparisons", test_report)
     learner = groups.learner(
         run,
         "reward_model",
         cfg.path or model_path,
         head="scalar",
-        objective="pairwise",
+        objective=cfg.loss,
         placement=cfg.learner,
         optim=cfg.optim,
         micro_batch_tokens=cfg.micro_batch_tokens,
@@ -43,7 +44,7 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
     )
     run.start(reward_model=learner)
     supervised.train(run, "reward_model", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="accuracy")
-    run.summary.set("reward_model.comparisons", report["rows"])
+    run.summary.set(f"reward_model.{kind}", report["rows"])
     report_accuracy(run, learner, test)
     learner.export(run.path("reward_model"), run.tokenizer_dir)
     run.collect_spans()

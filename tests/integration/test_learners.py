@@ -175,7 +175,8 @@ def test_two_ranks_do_what_one_does(objective: str, stage: int, one_rank: Any, f
 
 def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:
     """Else nothing here would exercise the dummies."""
-    lengths = sequence_lengths(table_of("policy"))
+    table = table_of("policy")
+    lengths = sequence_lengths(table, np.arange(table.num_rows))
     plans = [micro_batches(lengths, 2, rank, BUDGET) for rank in range(2)]
     assert [] in plans[0] + plans[1]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, advantages, kl, losses
+from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms, advantages, kl, losses
 from rlhf_dist.algorithms.logprobs import entropy_from_logits, token_logprobs
 
 V = 5
@@ -133,7 +132,8 @@ def test_dr_grpo_is_short_by_one_nth(world: World, small_world: World) -> None:
 
 def test_remax_is_unbiased(world: World) -> None:
     greedy = world.scores[world.probability.argmax()].expand_as(world.scores)
-    found = advantages.broadcast(advantages.remax(world.scores, greedy), world.mask)
+    rewards = kl.on_last_token(world.scores, world.mask)
+    found = advantages.remax(rewards, greedy, world.mask, 1.0)
     assert_equal(world.expected(found), world.policy_gradient())
 
 
@@ -197,30 +197,8 @@ def test_importance_weights_correct_for_the_sampler(world: World) -> None:
 # --- a bandit with a known optimum
 
 
-def bandit_advantages(name: str, scores: Tensor, group: Tensor, mask: Tensor, greedy: Tensor) -> Tensor:
-    if name in ADVANTAGE_ESTIMATORS:
-        return advantages.broadcast(ADVANTAGE_ESTIMATORS[name](scores, group), mask)
-    if name == "remax":
-        return advantages.broadcast(advantages.remax(scores, greedy), mask)
-    if name == "reinforce_baseline":
-        scores = advantages.group_mean_baseline(scores, group)
-    rewards = kl.token_rewards(scores, torch.zeros(mask.shape), mask, 0.0)
-    if name == "gae":
-        return advantages.whiten(advantages.gae(rewards, torch.full(mask.shape, 0.4), mask, 1.0, 0.95)[0], mask)
-    return advantages.whiten(advantages.reward_to_go(rewards, mask, 1.0), mask)
-
-
-def bandit_loss(name: str, batch: SimpleNamespace) -> Tensor:
-    if name == "a2c":
-        return losses.a2c_policy_loss(batch.logprobs, batch.advantages, batch.mask)[0]
-    if name == "decoupled":
-        arguments = (batch.logprobs, batch.old, batch.old, batch.advantages, batch.mask)
-        return losses.decoupled_ppo_loss(*arguments, eps_clip=0.2)[0]
-    return POLICY_LOSSES[name](batch.logprobs, batch.old, batch.advantages, batch.mask, 0.2)[0]
-
-
-SOLVERS = [(name, "ppo") for name in ("gae", "reinforce", "reinforce_baseline", "rloo", "grpo", "dr_grpo", "remax")]
-SOLVERS += [("rloo", name) for name in ("a2c", "gspo", "cispo", "decoupled")]
+SOLVERS = [(name, "ppo") for name in ADVANTAGE_ESTIMATORS]
+SOLVERS += [("rloo", name) for name in POLICY_LOSSES if name != "ppo"]
 
 
 @pytest.mark.parametrize(("estimator", "loss"), SOLVERS)
@@ -230,17 +208,22 @@ def test_a_bandit_is_solved(estimator: str, loss: str) -> None:
     arms = torch.tensor([0.1, 0.5, 0.9, 0.3, 0.2])
     logits = torch.zeros(V, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    mask, group = torch.ones(64, 2), torch.arange(16).repeat_interleave(4)
+    mask, group = torch.ones(64, 2, dtype=torch.bool), torch.arange(16).repeat_interleave(4)
     for _ in range(40):
         tokens = torch.multinomial(logits.detach().softmax(-1), 128, replacement=True, generator=generator).view(64, 2)
         scores = arms[tokens].mean(1)
         greedy = arms[logits.argmax()].expand(64)
         old = logits.detach().log_softmax(-1)[tokens]
-        found = bandit_advantages(estimator, scores, group, mask, greedy)
+        rewards = kl.on_last_token(scores, mask)
+        found, _ = ADVANTAGE_ESTIMATORS[estimator](
+            RewardTerms(rewards, scores, mask, group, torch.full(mask.shape, 0.4), greedy, gamma=1.0, gae_lambda=0.95)
+        )
+        if estimator in ("gae", "reinforce", "remax"):
+            found = advantages.whiten(found, mask)
         for _ in range(2):
-            batch = SimpleNamespace(logprobs=logits.log_softmax(-1)[tokens], old=old, advantages=found, mask=mask)
+            terms = PolicyTerms(logits.log_softmax(-1)[tokens], old, old, found, mask, 0.2, None, None)
             optimizer.zero_grad()
-            losses.aggregate(bandit_loss(loss, batch), mask, "token_mean", mask.sum(), 64).backward()
+            losses.aggregate(POLICY_LOSSES[loss](terms)[0], mask, "token_mean", mask.sum(), 64).backward()
             optimizer.step()
     assert logits.argmax() == arms.argmax()
     assert (logits.softmax(-1) @ arms).item() > 0.8

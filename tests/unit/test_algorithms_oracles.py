@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 from algorithm_batches import CASES, Row, assert_loss, assert_rows, clamp, make_batch, rows_of, zip_row
 
-from rlhf_dist.algorithms import advantages, kl
+from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, RewardTerms, advantages, kl
 
 
 @pytest.fixture(params=CASES)
@@ -121,10 +122,79 @@ def test_a_nan_score_stays_visible() -> None:
     assert advantages.zero_std_groups(scores, ids).item() == 1
 
 
-def test_remax_group_mean_and_broadcast() -> None:
-    scores, ids = torch.tensor([1.0, 4.0]), torch.tensor([3, 3])
-    assert advantages.remax(scores, torch.tensor([0.5, 5.0])).tolist() == [0.5, -1.0]
-    assert advantages.group_mean_baseline(scores, ids).tolist() == [-1.5, 1.5]
+def to_go(rewards: list[float], gamma: float) -> list[float]:
+    return [sum(gamma ** (k - t) * rewards[k] for k in range(t, len(rewards))) for t in range(len(rewards))]
+
+
+def less_at_the_end(rewards: list[float], baseline: float) -> list[float]:
+    return [*rewards[:-1], rewards[-1] - baseline] if rewards else []
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_remax(batch: SimpleNamespace, gamma: float) -> None:
+    """Algorithm 1 of 2310.10505: the greedy response's score is taken off the return."""
+    greedy = torch.arange(len(batch.mask), dtype=batch.rewards.dtype) - 1.5
+    assert_rows(
+        advantages.remax(batch.rewards, greedy, batch.mask, gamma),
+        batch,
+        lambda b, row: to_go(less_at_the_end(row["rewards"], float(greedy[b])), gamma),
+    )
+
+
+@pytest.mark.parametrize("with_baseline", [False, True])
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_plus_plus(batch: SimpleNamespace, gamma: float, with_baseline: bool) -> None:
+    """2501.03262: rewards to go, minus the group's mean score in the -baseline form, normalised over the batch."""
+    ids = [b % 2 for b in range(len(batch.mask))]
+    scores = batch.scores.tolist()
+    if with_baseline:
+        found = advantages.reinforce_plus_plus_baseline(
+            batch.rewards, batch.scores, batch.mask, torch.tensor(ids), gamma
+        )
+    else:
+        found = advantages.reinforce_plus_plus(batch.rewards, batch.mask, gamma)
+
+    def returns(b: int, row: Row) -> list[float]:
+        group = [s for s, g in zip(scores, ids, strict=True) if g == ids[b]]
+        baseline = sum(group) / len(group) if len(group) > 1 else scores[b]
+        return to_go(less_at_the_end(row["rewards"], baseline if with_baseline else 0.0), gamma)
+
+    flat = [x for b, _, row in rows_of(batch) for x in returns(b, row)]
+    mean = sum(flat) / max(len(flat), 1)
+    variance = sum((x - mean) ** 2 for x in flat) / (len(flat) - 1) if len(flat) > 1 else 1 - 1e-8
+    assert_rows(found, batch, lambda b, row: [(x - mean) / math.sqrt(variance + 1e-8) for x in returns(b, row)])
+
+
+@pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
+def test_what_the_config_names_is_what_is_computed(batch: SimpleNamespace, name: str) -> None:
+    """Through the table: the estimator gets the terms that it needs, and NaN outside the mask does not matter."""
+    ids = torch.arange(len(batch.mask)) % 2
+    greedy = batch.scores - 0.5
+    terms = RewardTerms(batch.rewards, batch.scores, batch.mask, ids, batch.values, greedy, gamma=0.9, gae_lambda=0.8)
+    found, returns = ADVANTAGE_ESTIMATORS[name](terms)
+    totals = torch.tensor([sum(row["rewards"]) for _, _, row in rows_of(batch)], dtype=torch.float64)
+    sums = totals.tolist()
+
+    def per_sample(b: int, row: Row) -> list[float]:
+        return [reference_group(name, b, ids.tolist(), sums)] * len(row["rewards"])
+
+    references: dict[str, Callable[[int, Row], list[float]]] = {
+        "gae": lambda _, row: reference_gae(row, 0.9, 0.8),
+        "reinforce": lambda _, row: to_go(row["rewards"], 0.9),
+        "remax": lambda b, row: to_go(less_at_the_end(row["rewards"], float(greedy[b])), 0.9),
+        "rloo": per_sample,
+        "grpo": per_sample,
+        "dr_grpo": per_sample,
+    }
+    if name in references:
+        assert_rows(found, batch, references[name])
+    assert found.shape == returns.shape == batch.mask.shape
+    assert not found[~batch.mask].any()
+    assert not returns[~batch.mask].any()
+
+
+def test_broadcast() -> None:
+    scores = torch.tensor([1.0, 4.0])
     assert advantages.broadcast(scores, torch.tensor([[1, 0], [1, 1]])).tolist() == [[1, 0], [4, 4]]
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.config import Config, Section
+from rlhf_dist.config import ADVANTAGE_ESTIMATORS, CORRECTION_BOUNDS, POLICY_LOSSES, Config, Section
 from rlhf_dist.config_io import EMBEDDED_DEFAULT, ConfigError, all_keys, dump, load
 from rlhf_dist.planner import check_fits
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 ARCHITECTURE = "model: {architecture: {model_type: llama}}\n"
 
 
@@ -36,6 +36,46 @@ def test_shipped_configs_load_and_survive_a_round_trip(file: Path, tmp_path: Pat
     cfg = load(str(file))
     assert cfg.description
     assert load(write(tmp_path, dump(cfg))) == cfg
+
+
+def test_a_file_adds_to_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("base: default\ntrain: {steps: 7}\nalgo: {gamma: 0.9}\n")
+    cfg = load(write(tmp_path, "base: base.yaml\nalgo: {gamma: 0.8}\n"), ["seed=3"])
+    default = load()
+    assert (cfg.train.steps, cfg.algo.gamma, cfg.seed) == (7, 0.8, 3)
+    assert cfg.rollout == default.rollout
+
+
+def test_every_algorithm_has_a_config() -> None:
+    used = [load(str(file)) for file in SHIPPED if file.parent.name == "algorithms"]
+    assert {c.algo.advantage_estimator for c in used} == set(ADVANTAGE_ESTIMATORS)
+    assert {c.algo.policy_loss for c in used} == set(POLICY_LOSSES)
+    assert {c.algo.rollout_correction for c in used} == {"auto", *CORRECTION_BOUNDS}
+    assert {(c.dpo.loss, c.dpo.label_smoothing > 0) for c in used if "dpo" in c.stages} == {
+        ("dpo", False),
+        ("dpo", True),
+        ("ipo", False),
+    }
+    assert {c.reward_model.loss for c in used} == {"pairwise", "kwise"}
+    assert {c.algo.use_kl_loss for c in used} == {True, False}
+    assert any(c.algo.ptx_coef and c.rollout.dynamic_sampling is False for c in used)
+    assert any(c.rollout.dynamic_sampling for c in used)
+    assert any(c.algo.kl_target for c in used)
+
+
+def test_names_of_the_config_are_those_of_the_tables() -> None:
+    from rlhf_dist import algorithms
+
+    assert set(ADVANTAGE_ESTIMATORS) == set(algorithms.ADVANTAGE_ESTIMATORS)
+    assert set(POLICY_LOSSES) == set(algorithms.POLICY_LOSSES)
+    assert set(CORRECTION_BOUNDS) == set(algorithms.CORRECTIONS)
+
+
+def test_the_correction_is_on_where_sampler_and_learner_can_differ() -> None:
+    assert load().resolved_algo.rollout_correction == "none"
+    assert load(None, ["model.dtype=bfloat16"]).resolved_algo.rollout_correction == "tis"
+    own = load(None, ["model.dtype=bfloat16", "algo.policy_loss=decoupled_ppo"])
+    assert own.resolved_algo.rollout_correction == "none"
 
 
 def test_there_is_a_config_for_every_use() -> None:
@@ -149,7 +189,7 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'reward_model', 'ppo', 'pipeline' or 'evaluate'",
+        "{file}: recipe = 'pppo': input should be 'sft', 'reward_model', 'ppo', 'dpo', 'pipeline' or 'evaluate'",
     ),
     (
         "no such ZeRO stage",
@@ -217,6 +257,111 @@ BROKEN_FILES = [
         "use 2 or more",
     ),
     (
+        "no such estimator",
+        "algo: {advantage_estimator: gpro}",
+        "{file}: algo: advantage_estimator=gpro: did you mean grpo? expected one of gae, reinforce, "
+        "reinforce_plus_plus, remax, rloo, grpo, dr_grpo, reinforce_plus_plus_baseline, or package.module:function",
+    ),
+    (
+        "no such loss",
+        "algo: {policy_loss: trpo}",
+        "{file}: algo: policy_loss=trpo: expected one of ppo, a2c, gspo, cispo, decoupled_ppo, or "
+        "package.module:function",
+    ),
+    (
+        "a critic with GRPO",
+        "{algo: {advantage_estimator: grpo}, rollout: {n_samples_per_prompt: 4}, critic: {warmup_steps: 2}}",
+        "{file}: critic.warmup_steps=2, but algo.advantage_estimator=grpo has no critic",
+    ),
+    (
+        "dynamic sampling with one sample",
+        "rollout: {dynamic_sampling: true}",
+        "{file}: rollout.dynamic_sampling=true looks for groups whose scores differ, but "
+        "rollout.n_samples_per_prompt=1; use 2 or more",
+    ),
+    (
+        "two corrections",
+        "algo: {policy_loss: decoupled_ppo, rollout_correction: tis}",
+        "{file}: algo: rollout_correction=tis with policy_loss=decoupled_ppo weights twice by π_old / μ; "
+        "use one of the two",
+    ),
+    (
+        "REINFORCE++ without whitening",
+        "algo: {advantage_estimator: reinforce_plus_plus, whiten_advantages: false}",
+        "{file}: algo: whiten_advantages=false, but advantage_estimator=reinforce_plus_plus is REINFORCE with "
+        "whitening; use reinforce",
+    ),
+    (
+        "dual clip without clip",
+        "algo: {policy_loss: cispo, dual_clip: 3}",
+        "{file}: algo: dual_clip bounds PPO's loss; policy_loss=cispo does not know it",
+    ),
+    (
+        "GSPO over tokens",
+        "algo: {policy_loss: gspo}",
+        "{file}: algo: policy_loss=gspo weighs sequences, loss_aggregation=token_mean weighs long ones more; "
+        "use loss_aggregation=sequence_mean",
+    ),
+    (
+        "A2C with a second update",
+        "{algo: {policy_loss: a2c}, train: {epochs: 2}}",
+        "{file}: algo.policy_loss=a2c has no ratio, so only one update of each batch is right, but train.epochs=2 and "
+        "train.batch_size=64 make 2; use train.batch_size=64 and train.epochs=1, or policy_loss=ppo",
+    ),
+    (
+        "bounds of nothing",
+        "algo: {correction_bounds: [0, 2]}",
+        "{file}: algo: correction_bounds=[0.0, 2.0] needs rollout_correction tis, icepop or sequence_mask, got auto",
+    ),
+    (
+        "bounds the wrong way round",
+        "algo: {rollout_correction: icepop, correction_bounds: [2, 1]}",
+        "{file}: algo: correction_bounds=[2.0, 1.0]: the first must be below the second",
+    ),
+    (
+        "a lower bound for TIS",
+        "algo: {rollout_correction: tis, correction_bounds: [0.5, 2]}",
+        "{file}: algo: correction_bounds=[0.5, 2.0]: tis cuts large ratios only, the first must be 0",
+    ),
+    (
+        "smoothing of IPO",
+        "dpo: {loss: ipo, label_smoothing: 0.1}",
+        "{file}: dpo: label_smoothing=0.1 belongs to loss=dpo (it makes cDPO), not to ipo",
+    ),
+    (
+        "a stage twice",
+        "pipeline: {stages: [sft, sft]}",
+        "{file}: pipeline.stages=['sft', 'sft']: give at least one stage, and each only once",
+    ),
+    (
+        "PPO before its reward model",
+        "pipeline: {stages: [sft, ppo, reward_model]}",
+        "{file}: pipeline.stages=['sft', 'ppo', 'reward_model']: ppo needs the reward model that reward.components "
+        "asks for (`model: trained`); put reward_model before it, or give its folder",
+    ),
+    (
+        "DPO without comparisons",
+        "{pipeline: {stages: [sft, dpo]}, data: {format: gsm8k, train: a.jsonl}}",
+        "{file}: dpo learns from comparisons, and data.format=gsm8k has none",
+    ),
+    (
+        "K-wise without rankings",
+        "{reward_model: {loss: kwise}, data: {format: hh, train: a.jsonl}}",
+        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none",
+    ),
+    (
+        "a penalty longer than the response",
+        "reward: {soft_overlong_cache: 4096}",
+        "{file}: reward.soft_overlong_cache=4096 is more than rollout.max_response_length=512",
+    ),
+    (
+        "a base that is not there",
+        "base: nowhere.yaml",
+        "cannot read config {folder}/nowhere.yaml: No such file or directory",
+    ),
+    ("a base that is a number", "base: 3", "{file}: base must be `default` or a file beside this one, got 3"),
+    ("its own base", "base: c.yaml", "{file}: base: c.yaml is based on this file; a config cannot be its own base"),
+    (
         "no data",
         "data: {format: hh}",
         "{file}: data.format is hh, but data.train is not given",
@@ -243,8 +388,11 @@ BROKEN_FILES = [
 
 @pytest.mark.parametrize(("text", "expected"), [c[1:] for c in BROKEN_FILES], ids=[c[0] for c in BROKEN_FILES])
 def test_a_broken_file(text: str, expected: str, tmp_path: Path) -> None:
-    file = write(tmp_path, ARCHITECTURE + text + "\n")
-    assert message(file) == expected.format(file=file)
+    head = ARCHITECTURE
+    if text.startswith("{"):  # a flow mapping holds everything
+        head, text = "", "{" + ARCHITECTURE.strip() + ", " + text[1:]
+    file = write(tmp_path, head + text + "\n")
+    assert message(file) == expected.format(file=file, folder=tmp_path)
 
 
 BROKEN_OVERRIDES = [

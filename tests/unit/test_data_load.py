@@ -76,7 +76,7 @@ def test_hh_tables_say_what_the_rows_say(hh: tuple[Config, str]) -> None:
     assert tokenizer.decode(first["prompt_ids"]) == "<bos>" + first["prompt"]
     assert json.loads(first["fields"]) == {"source": "helpful-base"}
 
-    pairs = schema.check(load.load_comparisons(cfg, folder, "train")[0], schema.COMPARISON, "pairs")
+    pairs = schema.check(load.load_comparisons(cfg, folder, "train", 512)[0], schema.COMPARISON, "pairs")
     pair = pairs.slice(0, 1).to_pylist()[0]
     assert tokenizer.decode(pair["chosen_ids"]) == f" A good answer to 100{', really' * 2}.<eos>"
     assert tokenizer.decode(pair["rejected_ids"]) == " No.<eos>"
@@ -116,7 +116,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted(hh: tuple[Config, str])
 
 def test_pairs_are_measured_by_their_longer_side(hh: tuple[Config, str]) -> None:
     cfg, folder = hh
-    pair = load.load_comparisons(cfg, folder, "test")[0].slice(0, 1).to_pylist()[0]
+    pair = load.load_comparisons(cfg, folder, "test", 512)[0].slice(0, 1).to_pylist()[0]
     longer = len(pair["prompt_ids"]) + len(pair["chosen_ids"])
     assert len(pair["chosen_ids"]) > len(pair["rejected_ids"])
     rows = [parse("hh", hh_row(0))]
@@ -128,8 +128,8 @@ def test_pairs_are_measured_by_their_longer_side(hh: tuple[Config, str]) -> None
 def test_shuffled_labels_keep_the_pairs_and_lose_the_order(hh: tuple[Config, str]) -> None:
     cfg, folder = hh
     control = cfg.model_copy(update={"reward_model": cfg.reward_model.model_copy(update={"shuffle_labels": True})})
-    clean = load.load_comparisons(cfg, folder, "train")[0].to_pylist()
-    shuffled = load.load_comparisons(control, folder, "train")[0]
+    clean = load.load_comparisons(cfg, folder, "train", 512)[0].to_pylist()
+    shuffled = load.load_comparisons(control, folder, "train", 512)[0]
     schema.check(shuffled, schema.COMPARISON, "pairs")
     swapped = 0
     for a, b in zip(clean, shuffled.to_pylist(), strict=True):
@@ -137,7 +137,7 @@ def test_shuffled_labels_keep_the_pairs_and_lose_the_order(hh: tuple[Config, str
             swapped += 1
             assert b == a | {"chosen_ids": a["rejected_ids"], "rejected_ids": a["chosen_ids"]}
     assert 35 < swapped < 77
-    tests = [load.load_comparisons(c, folder, "test")[0] for c in (cfg, control)]
+    tests = [load.load_comparisons(c, folder, "test", 512)[0] for c in (cfg, control)]
     assert tests[0] == tests[1], "the control is measured on clean pairs"
 
 
@@ -145,12 +145,12 @@ def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: 
     cfg, folder = hh
     (tmp_path / "bad.jsonl").write_text('{"chosen": "x"}\n')
     bad = config(data={"format": "hh", "dir": str(tmp_path), "train": "bad.jsonl"})
-    with pytest.raises(ValueError, match=r"no usable row for data\.format=hh .*bad\.jsonl:1: 'chosen' has no"):
+    with pytest.raises(ValueError, match=r"no usable row for data\.format=hh; .*bad\.jsonl:1: 'chosen' has no"):
         load.load_prompts(bad, folder, "train")
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: "):
         load.load_prompts(config(data=bad.data.model_copy(update={"on_bad_row": "fail"})), folder, "train")
     with pytest.raises(ValueError, match="takes no sampled pairs"):
-        load.load_comparisons(cfg, folder, "train", sampled=pa.table({"prompt_id": [0]}))
+        load.load_comparisons(cfg, folder, "train", 512, sampled=pa.table({"prompt_id": [0]}))
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load.load_prompts(config(), str(tmp_path / "nowhere"), "train")
     with pytest.raises(ValueError, match="no held-out demonstrations"):
@@ -171,7 +171,7 @@ def test_the_world_s_tables_carry_what_the_gold_score_needs(world_tokenizer: str
     assert row["prompt_ids"].count(row["prompt_ids"][0]) == 1
     demonstrations = load.load_demonstrations(cfg, world_tokenizer, "train")[0]
     assert schema.check(demonstrations, schema.DEMONSTRATION, "world").num_rows == 300
-    test_pairs = load.load_comparisons(cfg, world_tokenizer, "test")[0]
+    test_pairs = load.load_comparisons(cfg, world_tokenizer, "test", 512)[0]
     assert Counter(test_pairs["source"].to_pylist()) == {"overall": 50, "correctness": 50}
     assert load.load_prompts(cfg, world_tokenizer, "train")[0] == load.load_prompts(cfg, world_tokenizer, "train")[0]
 
@@ -186,7 +186,7 @@ def test_sampled_pairs_of_the_world_are_made_of_the_rollouts(world_tokenizer: st
         for text in (f"of course ! {answer} .", f"{answer} {answer} ."):
             ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             rows.append({"prompt_id": p["prompt_id"], "response_ids": ids})
-    table, report = load.load_comparisons(cfg, world_tokenizer, "train", sampled=pa.Table.from_pylist(rows))
+    table, report = load.load_comparisons(cfg, world_tokenizer, "train", 512, sampled=pa.Table.from_pylist(rows))
     assert (report["rows"], report["sampled_pairs"]) == (100, 30), "one pair of a prompt, the rest from demonstrations"
     right = {tuple(r["response_ids"]) for r in rows[::2]}
     wrong = {tuple(r["response_ids"]) for r in rows[1::2]}

@@ -68,7 +68,7 @@ def flat(tree: Any, prefix: str = "") -> Iterator[str]:
 def metric_words() -> set[str]:
     """Words in the string literals of what makes metrics; docstrings and what only shows metrics do not count."""
     words: set[str] = set()
-    for folder in ("recipes", "actors", "engines", "evaluation"):
+    for folder in ("recipes", "actors", "engines", "evaluation", "data", "algorithms"):
         for file in (ROOT / "rlhf_dist" / folder).glob("*.py"):
             nodes = list(ast.walk(ast.parse(file.read_text())))
             docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}

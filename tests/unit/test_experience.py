@@ -10,8 +10,16 @@ import pyarrow as pa
 import pytest
 from tiny import ragged, rollouts
 
-from rlhf_dist.actors.experience import ScoreScale, estimate_advantages, join, join_batch
+from rlhf_dist import schema
 from rlhf_dist.config import AlgoConfig, RewardConfig
+from rlhf_dist.data.experience import (
+    ScoreScale,
+    estimate_advantages,
+    groups_without_spread,
+    join,
+    join_batch,
+    shape_scores,
+)
 from rlhf_dist.schema import with_columns
 
 FUNCTION = {"components": [{"name": "r", "function": "m:f"}]}
@@ -117,7 +125,7 @@ def rewards_by_hand(table: pa.Table, kl_coef: float, scores: list[float]) -> lis
 def test_gae_with_kl(holes: bool) -> None:
     algo = AlgoConfig(gamma=0.9, gae_lambda=0.8, whiten_advantages=False, kl_coef=0.3)
     table = joined_batch(holes=holes, ref_logprobs=1, values=1)
-    found, _ = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale())
+    found, _ = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale(), 8)
     rewards = rewards_by_hand(table, 0.3, SCORES)
     advantages, returns = [], []
     for r, v, mask in zip(rewards, rows(table, "values"), rows(table, "response_mask"), strict=True):
@@ -133,9 +141,9 @@ def test_gae_with_kl(holes: bool) -> None:
 
 
 def test_whitening_is_over_all_trained_tokens() -> None:
-    algo = AlgoConfig(advantage_estimator="reinforce", gamma=0.5)
+    algo = AlgoConfig(advantage_estimator="reinforce", gamma=0.5, whiten_advantages=True)
     table = joined_batch(holes=True)
-    found, _ = estimate_advantages(table, algo, PLAIN, 0.0, ScoreScale())
+    found, _ = estimate_advantages(table, algo, PLAIN, 0.0, ScoreScale(), 8)
     returns = []
     for score, mask in zip(SCORES, rows(table, "response_mask"), strict=True):
         ahead = mask[::-1].cumsum()[::-1]
@@ -155,7 +163,7 @@ def test_group_estimators_compare_total_rewards(estimator: str, in_reward: bool)
     kl = {"kl_coef": 0.3} if in_reward else {"kl_coef": 0.3, "use_kl_loss": True, "kl_estimator": "k3"}
     algo = AlgoConfig(advantage_estimator=estimator, **kl)
     table = joined_batch(n_samples=2, ref_logprobs=1)
-    found, figures = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale())
+    found, figures = estimate_advantages(table, algo, PLAIN, 0.3, ScoreScale(), 8)
     rewards = rewards_by_hand(table, 0.3 if in_reward else 0.0, SCORES)
     totals = np.array([r.sum() for r in rewards]).reshape(2, 2)
     other = totals[:, ::-1]
@@ -174,7 +182,7 @@ def test_groups_with_equal_scores_are_counted() -> None:
     table = joined_batch(n_samples=2)
     i = table.column_names.index("score")
     table = table.set_column(i, "score", pa.array([1.0, 1.0, 0.0, 2.0], pa.float32()))
-    found, figures = estimate_advantages(table, AlgoConfig(advantage_estimator="grpo"), PLAIN, 0.0, ScoreScale())
+    found, figures = estimate_advantages(table, AlgoConfig(advantage_estimator="grpo"), PLAIN, 0.0, ScoreScale(), 8)
     assert figures["rollout/zero_std_groups"] == 1
     assert rows(found, "advantages")[0].tolist() == [0, 0, 0]
 
@@ -183,7 +191,7 @@ def test_the_score_is_normalised_then_clipped_then_fined() -> None:
     reward = RewardConfig(**FUNCTION, normalize=True, clip=1.0, missing_eos_penalty=0.25)
     table = joined_batch(reasons=["stop", "stop", "length", "length"])
     algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
-    found, figures = estimate_advantages(table, algo, reward, 0.0, ScoreScale(mean=0.5, std=2.0))
+    found, figures = estimate_advantages(table, algo, reward, 0.0, ScoreScale(mean=0.5, std=2.0), 8)
     # (1, 3, -2, 0.5) -> (0.25, 1.25, -1.25, 0) -> clip -> (0.25, 1, -1, 0) -> fine of the truncated
     shaped = [0.25, 1.0, -1.25, -0.25]
     assert [float(r.sum()) for r in rows(found, "rewards")] == pytest.approx(shaped)
@@ -193,10 +201,75 @@ def test_the_score_is_normalised_then_clipped_then_fined() -> None:
     assert figures["rollout/truncated_rate"] == 0.5
 
 
+def test_a_long_response_is_fined_softly() -> None:
+    """DAPO, eq. 13, by hand: limit 4 and cache 2, so lengths 3, 2, 1, 4 (SHAPE) lose (3-2)/2, 0, 0, 1."""
+    reward = RewardConfig(**FUNCTION, soft_overlong_cache=2)
+    shaped = shape_scores(joined_batch(), reward, ScoreScale(), 4)
+    lengths = np.array([q for _, q in SHAPE])
+    np.testing.assert_allclose(shaped, SCORES - np.clip((lengths - 2) / 2, 0, 1))
+
+
+def test_cut_off_responses_can_be_left_out_of_training() -> None:
+    table = joined_batch(reasons=["stop", "length", "stop", "length"])
+    plain, figures = estimate_advantages(
+        table, AlgoConfig(advantage_estimator="reinforce_plus_plus"), PLAIN, 0.0, ScoreScale(), 8
+    )
+    algo = AlgoConfig(advantage_estimator="reinforce_plus_plus", mask_truncated=True)
+    found, again = estimate_advantages(table, algo, PLAIN, 0.0, ScoreScale(), 8)
+    assert [sum(m) for m in found["response_mask"].to_pylist()] == [SHAPE[0][1], 0, SHAPE[2][1], 0]
+    assert found["advantages"] == plain["advantages"], "they count in the whitening"
+    assert again == figures
+
+
+def with_greedy(table: pa.Table, scores: list[float]) -> pa.Table:
+    """Each group's first row once more, as its greedy response with a score of its own."""
+    groups = table["group_id"].to_pylist()
+    first = [groups.index(g) for g in dict.fromkeys(groups)]
+    greedy = table.take(pa.array(first))
+    columns = {
+        "sample_index": pa.array([schema.GREEDY] * len(first), pa.int32()),
+        "score": pa.array(scores, pa.float32()),
+        "response_mask": pa.array([[0] * len(x) for x in greedy["response_ids"].to_pylist()], pa.list_(pa.uint8())),
+    }
+    for name, column in columns.items():
+        greedy = greedy.set_column(greedy.column_names.index(name), name, column)
+    return pa.concat_tables([table, greedy]).sort_by([("group_id", "ascending"), ("sample_index", "ascending")])
+
+
+def test_remax_compares_with_the_greedy_response_of_the_same_prompt() -> None:
+    table = joined_batch(n_samples=2)
+    algo = AlgoConfig(advantage_estimator="remax")
+    found, figures = estimate_advantages(with_greedy(table, [10.0, -1.0]), algo, PLAIN, 0.0, ScoreScale(), 8)
+    assert found.num_rows == 4, "greedy responses are not trained"
+    baseline = [10.0, 10.0, -1.0, -1.0]
+    assert_rows(found, "advantages", [np.full(q, r - b) for (_, q), r, b in zip(SHAPE, SCORES, baseline, strict=True)])
+    assert figures["rollout/reward_mean"] == pytest.approx(np.mean(SCORES))
+
+
+def test_groups_without_spread_are_found() -> None:
+    table = joined_batch(n_samples=2)
+    i = table.column_names.index("score")
+    table = table.set_column(i, "score", pa.array([1.0, 1.0, 0.0, 2.0], pa.float32()))
+    groups = table["group_id"].to_pylist()
+    assert groups_without_spread(table) == [groups[0]]
+    assert groups_without_spread(with_greedy(table, [5.0, 0.0])) == [groups[0]], "a greedy response adds no spread"
+
+
+def test_an_estimator_of_ones_own() -> None:
+    algo = AlgoConfig(advantage_estimator="test_experience:sign_of_the_score", kl_coef=0)
+    found, _ = estimate_advantages(joined_batch(), algo, PLAIN, 0.0, ScoreScale(), 8)
+    assert_rows(found, "advantages", [np.full(q, np.sign(s)) for (_, q), s in zip(SHAPE, SCORES, strict=True)])
+
+
+def sign_of_the_score(terms: Any) -> tuple[Any, Any]:
+    spread = terms.scores.sign()[:, None] * terms.mask
+    return spread, spread
+
+
 def test_scores_that_never_vary_do_not_explode() -> None:
     reward = RewardConfig(**FUNCTION, normalize=True)
     algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
-    found, _ = estimate_advantages(joined_batch(), algo, reward, 0.0, ScoreScale(mean=1.0, std=0.0))
+    found, _ = estimate_advantages(joined_batch(), algo, reward, 0.0, ScoreScale(mean=1.0, std=0.0), 8)
     assert np.isfinite(rows(found, "rewards")[0]).all()
     assert rows(found, "rewards")[0].sum() == 0
 
@@ -205,7 +278,7 @@ def test_figures_by_hand() -> None:
     column = pa.array(SCORES, pa.float32())
     table = with_columns(joined_batch(holes=True, ref_logprobs=1), pa.table({"score/r": column}), "test")
     algo = AlgoConfig(advantage_estimator="reinforce")
-    _, figures = estimate_advantages(table, algo, PLAIN, 0.1, ScoreScale())
+    _, figures = estimate_advantages(table, algo, PLAIN, 0.1, ScoreScale(), 8)
     old, ref, rollout, mask = (
         np.concatenate(rows(table, n)) for n in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "response_mask")
     )
@@ -230,7 +303,7 @@ def test_a_row_without_response_tokens() -> None:
     table = rollouts([(2, n) for n in q])
     new = {"score": pa.array([1.0, 5.0], pa.float32()), "old_logprobs": ragged(q, np.zeros, pa.float32())}
     algo = AlgoConfig(advantage_estimator="reinforce", whiten_advantages=False)
-    found, _ = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale())
+    found, _ = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale(), 8)
     assert found["advantages"].to_pylist() == [[1.0, 1.0, 1.0], []]
 
 
@@ -238,7 +311,7 @@ def test_a_batch_without_any_response_token() -> None:
     table = rollouts([(2, 0), (1, 0)])
     new = {"score": pa.array([1.0, 5.0], pa.float32()), "old_logprobs": ragged([0, 0], np.zeros, pa.float32())}
     algo = AlgoConfig(advantage_estimator="reinforce")
-    found, figures = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale())
+    found, figures = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale(), 8)
     assert found["advantages"].to_pylist() == [[], []]
     assert figures["train/rollout_logprob_abs_diff"] == 0
 
@@ -253,7 +326,7 @@ def writer(folder: Path, tokenizer_dir: Path) -> Any:
     from rlhf_dist.data.world import build_tokenizer
 
     save_tokenizer(build_tokenizer(), str(tokenizer_dir))
-    return Experience.__ray_metadata__.modified_class(AlgoConfig(), PLAIN, str(tokenizer_dir), str(folder))
+    return Experience.__ray_metadata__.modified_class(AlgoConfig(), PLAIN, 8, str(tokenizer_dir), str(folder))
 
 
 def test_rollouts_are_written_with_their_texts(tmp_path: Path) -> None:

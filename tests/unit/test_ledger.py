@@ -16,9 +16,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(batch=st.integers(1, 4), staleness=st.integers(0, 3), resumed_at=st.integers(0, 3))
     def start(self, batch: int, staleness: int, resumed_at: int) -> None:
         self.batch, self.staleness = batch, staleness
-        self.first = resumed_at * batch
-        self.ledger = Ledger(batch, staleness, self.first)
-        self.version = resumed_at
+        self.first = resumed_at * batch + 7
+        self.ledger = Ledger(batch, staleness, version=resumed_at, next_group=self.first)
+        self.version = self.resumed_at = resumed_at
+        self.discarded: set[int] = set()
         self.sampled_under: dict[int, int] = {}
         self.at_generators: set[int] = set()
         self.finished: set[int] = set()
@@ -55,23 +56,32 @@ class LedgerMachine(RuleBasedStateMachine):
         assert again == sorted(self.at_generators.intersection(held)), "exactly its unfinished groups"
         self.sampled_under |= dict.fromkeys(again, self.version)
 
+    @precondition(lambda self: self.at_generators)
+    @rule(data=st.data())
+    def discard(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from(sorted(self.at_generators)))
+        self.at_generators.remove(group)
+        self.discarded.add(group)
+        self.ledger.discarded(group)
+        with pytest.raises(ValueError, match=f"group {group} is not running"):
+            self.ledger.completed(group)
+
     # One batch between two versions: the loop trains, then publishes.
-    @precondition(lambda self: len(self.trained) // self.batch + self.first // self.batch == self.version)
+    @precondition(lambda self: len(self.trained) // self.batch + self.resumed_at == self.version)
     @rule()
     def train(self) -> None:
-        expected = range(self.first + len(self.trained), self.first + len(self.trained) + self.batch)
+        waiting = sorted(self.sampled_under.keys() - self.discarded - set(self.trained))
         batch = self.ledger.take_batch()
         if batch is None:
-            assert not self.finished.issuperset(expected)
+            assert len(waiting) < self.batch or not self.finished.issuperset(waiting[: self.batch])
             return
-        assert batch == list(expected)
+        assert batch == waiting[: self.batch], "in the order of the prompts"
         assert self.finished.issuperset(batch)
-        assert not set(batch) & set(self.trained)
         ages = [self.version - self.sampled_under[g] for g in batch]
         assert max(ages) <= self.staleness
         self.trained += batch
 
-    @precondition(lambda self: len(self.trained) // self.batch + self.first // self.batch == self.version + 1)
+    @precondition(lambda self: len(self.trained) // self.batch + self.resumed_at == self.version + 1)
     @rule()
     def publish(self) -> None:
         self.version += 1
@@ -85,7 +95,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @invariant()
     def bounded(self) -> None:
         assert self.ledger.submitted <= (self.version + self.staleness + 1) * self.batch
-        assert self.ledger.submitted == self.first + len(self.sampled_under)
+        kept = len(self.sampled_under) - len(self.discarded)
+        assert self.ledger.submitted == self.resumed_at * self.batch + kept
         assert self.ledger.running == self.at_generators
         assert self.ledger.complete == self.finished - set(self.trained)
 
@@ -114,12 +125,20 @@ def test_staleness_lets_the_generators_run_ahead() -> None:
     assert ledger.take_batch() is None, "batches are trained in the order of the prompts"
 
 
-def test_a_resumed_run_continues_with_whole_batches() -> None:
-    ledger = Ledger(batch_size=2, first_group=6)
-    assert ledger.version == 3
-    assert ledger.admit() == [6, 7]
-    with pytest.raises(ValueError, match="first_group=3 is not a multiple of batch_size=2"):
-        Ledger(batch_size=2, first_group=3)
+def test_a_resumed_run_continues_where_it_was() -> None:
+    ledger = Ledger(batch_size=2, version=3, next_group=9)
+    assert ledger.admit() == [9, 10]
+
+
+def test_a_discarded_group_makes_room_for_another() -> None:
+    ledger = Ledger(batch_size=2)
+    assert ledger.admit() == [0, 1]
+    ledger.discarded(0)
+    assert ledger.admit() == [2]
+    ledger.completed(1)
+    assert ledger.take_batch() is None
+    ledger.completed(2)
+    assert ledger.take_batch() == [1, 2]
 
 
 def test_a_group_that_was_never_submitted_cannot_complete() -> None:

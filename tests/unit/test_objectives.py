@@ -11,12 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny import comparisons, experience, tiny_llama
+from tiny import comparisons, experience, rankings, tiny_llama
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_dist.config import AlgoConfig
+from rlhf_dist import schema
+from rlhf_dist.config import AlgoConfig, DPOConfig
 from rlhf_dist.data.batching import micro_batches
-from rlhf_dist.engines.objectives import CriticObjective, PairwiseObjective, PolicyObjective, SFTObjective, Totals
+from rlhf_dist.engines.objectives import (
+    CriticObjective,
+    DPOObjective,
+    KWiseObjective,
+    PairwiseObjective,
+    PolicyObjective,
+    SFTObjective,
+    Totals,
+    pair_logprobs,
+)
 from rlhf_dist.models import PolicyModule, ScalarModule
 
 SHAPE = [(3, 4), (1, 6), (5, 0), (2, 1), (4, 5), (2, 2), (3, 3)]
@@ -31,6 +41,10 @@ def scalar_module() -> ScalarModule:
     return ScalarModule(AutoModelForSequenceClassification.from_config(config))
 
 
+REFERRED = comparisons([(2, 3, 1), (1, 1, 4), (3, 2, 2), (1, 5, 5)])
+for _side, _shift in (("ref_chosen", 0.5), ("ref_rejected", -0.5)):
+    REFERRED = REFERRED.append_column(_side, pa.array([-10.0 + _shift * i for i in range(4)], pa.float32()))
+
 CASES: dict[str, tuple[Any, Any, pa.Table]] = {
     "sft": (SFTObjective(), PolicyModule(tiny_llama()), experience(SHAPE).select(["prompt_ids", "response_ids"])),
     "policy, token mean": (PolicyObjective(FULL, 8), PolicyModule(tiny_llama()), experience(SHAPE, holes=True)),
@@ -44,7 +58,45 @@ CASES: dict[str, tuple[Any, Any, pa.Table]] = {
         PolicyModule(tiny_llama()),
         experience(SHAPE).drop_columns("ref_logprobs"),
     ),
+    "gspo, sequence mask": (
+        PolicyObjective(
+            AlgoConfig(
+                policy_loss="gspo",
+                loss_aggregation="sequence_mean",
+                rollout_correction="sequence_mask",
+                correction_bounds=(0.6, 1.4),
+            ),
+            8,
+        ),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE, holes=True),
+    ),
+    "cispo, tis": (
+        PolicyObjective(AlgoConfig(policy_loss="cispo", rollout_correction="tis"), 8),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE, holes=True),
+    ),
+    "decoupled": (
+        PolicyObjective(AlgoConfig(policy_loss="decoupled_ppo"), 8),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE, holes=True),
+    ),
+    "a2c, icepop": (
+        PolicyObjective(AlgoConfig(policy_loss="a2c", rollout_correction="icepop"), 8),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE, holes=True),
+    ),
     "critic": (CriticObjective(AlgoConfig()), scalar_module(), experience(SHAPE, holes=True)),
+    "kwise": (
+        KWiseObjective(),
+        scalar_module(),
+        rankings(
+            [(2, [3, 1, 2]), (1, [4, 4, 1, 2]), (3, [2, 5]), (1, [1, 2, 3])],
+            [[0, 1, 2], [1, 0, 1, 2], [1, 0], [0, 0, 0]],
+        ),
+    ),
+    "dpo": (DPOObjective(DPOConfig(label_smoothing=0.1)), PolicyModule(tiny_llama()), REFERRED),
+    "ipo": (DPOObjective(DPOConfig(loss="ipo")), PolicyModule(tiny_llama(), temperature=0.5), REFERRED),
     "pairwise": (PairwiseObjective(), scalar_module(), comparisons([(2, 3, 1), (1, 1, 4), (3, 2, 2), (1, 5, 5)])),
 }
 
@@ -56,7 +108,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, torch.nn.Module, pa.Table
 
 
 def accumulate(
-    objective: Any, module: torch.nn.Module, table: pa.Table, parts: list[list[int]]
+    objective: Any, module: torch.nn.Module, table: pa.Table, parts: list[list[int]], packing: bool = False
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
     """Sums of loss, metrics and gradients over ``parts``, as a group of ranks makes them."""
     module.zero_grad()
@@ -64,7 +116,7 @@ def accumulate(
     totals = objective.totals(table, rows)
     sums: dict[str, float] = {}
     for part in parts:
-        batch = objective.collate(table, part, 0, False)
+        batch = objective.collate(table, part, 0, packing)
         loss, metrics = objective.loss(module, batch, totals)
         loss.backward()
         for name, value in {**metrics, "loss": loss.detach()}.items():
@@ -85,10 +137,18 @@ def test_the_split_does_not_matter(case: tuple[Any, torch.nn.Module, pa.Table]) 
     assert sum(float(g.abs().sum()) for g in whole[1]) > 0
     one_by_one = accumulate(objective, module, table, [[row] for row in range(table.num_rows)])
     assert_same(whole, one_by_one)
-    lengths = objective.lengths(table)
+    lengths = objective.lengths(table, np.arange(table.num_rows))
     for ranks, budget in ((2, 12), (3, 30)):
         parts = [part for rank in range(ranks) for part in micro_batches(lengths, ranks, rank, budget)]
         assert_same(whole, accumulate(objective, module, table, parts))
+
+
+def test_packing_does_not_matter(case: tuple[Any, torch.nn.Module, pa.Table]) -> None:
+    """Losses that look at whole samples (sequence means, GSPO's ratio) must not mix those that share a row."""
+    objective, module, table = case
+    padded = accumulate(objective, module, table, [[0, 1, 2], [3]])
+    assert_same(padded, accumulate(objective, module, table, [[0, 1, 2], [3]], packing=True))
+    assert_same(padded, accumulate(objective, module, table, [[2, 3], [0, 1]], packing=True))
 
 
 def test_dummies_change_nothing_and_keep_the_graph(case: tuple[Any, torch.nn.Module, pa.Table]) -> None:
@@ -130,6 +190,32 @@ def test_the_loss_of_sft_is_the_mean_over_all_response_tokens() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_policy_loss_of_ones_own() -> None:
+    objective = PolicyObjective(AlgoConfig(policy_loss="test_objectives:surprise", kl_coef=0), 8)
+    module, table = PolicyModule(tiny_llama()), experience(SHAPE)
+    found, _ = accumulate(objective, module, table, [list(range(len(SHAPE)))])
+    sft, _ = accumulate(SFTObjective(), module, table, [list(range(len(SHAPE)))])
+    assert found["loss"] == pytest.approx(sft["loss"])
+    assert found["tokens_seen"] == 1.0
+
+
+def surprise(terms: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -torch.where(terms.mask, terms.logprobs, 0), {"tokens_seen": terms.mask.float()}
+
+
+def test_pretraining_text_is_read_at_temperature_one() -> None:
+    module, table = (
+        PolicyModule(tiny_llama(), temperature=0.5),
+        experience(SHAPE).select(["prompt_ids", "response_ids"]),
+    )
+    rows = [list(range(len(SHAPE)))]
+    plain, gradients = accumulate(SFTObjective(), PolicyModule(module.model), table, rows)
+    mixed, scaled = accumulate(SFTObjective(3.0, "ptx_loss"), module, table, rows)
+    assert mixed["ptx_loss"] == pytest.approx(plain["loss"])
+    for a, b in zip(gradients, scaled, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
 def test_unchanged_weights_give_the_gradient_of_the_advantage() -> None:
     """At ratio 1 PPO's gradient is that of −A log π, and nothing is clipped."""
     table = experience(SHAPE)
@@ -159,6 +245,38 @@ def test_the_critics_moments_give_the_explained_variance() -> None:
     residual = float(m["_e2"] - m["_e1"] ** 2)
     assert variance == pytest.approx(float(returns.var(correction=0)), rel=1e-4)
     assert residual == pytest.approx(float((returns - old).var(correction=0)), rel=1e-4)
+
+
+def test_a_ranking_is_the_sum_of_its_pairs() -> None:
+    """K-wise on a ranking of three equals pairwise on its three comparisons, over their number, gradient included."""
+    module = scalar_module().double()
+    ranked = rankings([(2, [3, 1, 2])], [[2, 0, 1]])
+    kwise = accumulate(KWiseObjective(), module, ranked, [[0]])
+    row = ranked.to_pylist()[0]
+    order = [row["responses"][i] for i in (1, 2, 0)]
+    pairs = pa.Table.from_pylist(
+        [
+            {"prompt_ids": row["prompt_ids"], "chosen_ids": a, "rejected_ids": b, "margin": 0.0, "source": ""}
+            for a, b in ((order[0], order[1]), (order[0], order[2]), (order[1], order[2]))
+        ],
+        schema=schema.COMPARISON,
+    )
+    pairwise = accumulate(PairwiseObjective(), module, pairs, [[0, 1, 2]])
+    assert kwise[0] == pytest.approx(pairwise[0], abs=1e-6)
+    for a, b in zip(kwise[1], pairwise[1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # scores are float32
+
+
+def test_before_the_first_step_dpo_knows_nothing() -> None:
+    """With the policy's own log-probabilities as reference every pair has logit 0 and loss log 2."""
+    module, table = PolicyModule(tiny_llama()), comparisons([(2, 3, 1), (1, 1, 4)])
+    with torch.no_grad():
+        sums = pair_logprobs(module, PairwiseObjective().collate(table, [0, 1], 0, False)).tolist()
+    for name, side in (("ref_chosen", sums[0::2]), ("ref_rejected", sums[1::2])):
+        table = table.append_column(name, pa.array(side, pa.float32()))
+    found, gradients = accumulate(DPOObjective(DPOConfig()), module, table, [[0, 1]])
+    assert found["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
 
 
 def test_a_margin_asks_for_more_distance() -> None:

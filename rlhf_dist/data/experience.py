@@ -1,0 +1,203 @@
+"""From what the stages computed to what the learners read: joined columns, shaped scores, advantages, figures.
+
+Tables in, tables out; :class:`~rlhf_dist.actors.experience.Experience` runs it over one whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rlhf_dist import schema
+from rlhf_dist.config import AlgoConfig, RewardConfig
+from rlhf_dist.data.batching import Ragged
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """Mean and standard deviation of the scores of the initial policy (``reward.normalize``)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def join(chunk: pa.Table, parts: Sequence[pa.Table], stage: str) -> pa.Table:
+    """``chunk`` with the columns of ``parts``, whose ``row`` says where each of their rows belongs.
+
+    Raises:
+        ValueError: the parts do not cover every row exactly once.
+    """
+    columns = pa.concat_tables(parts) if len(parts) > 1 else parts[0]
+    rows = columns["row"].to_numpy()
+    order = np.argsort(rows, kind="stable")
+    if not np.array_equal(rows[order], np.arange(chunk.num_rows)):
+        raise ValueError(f"{stage} returned rows {rows.tolist()[:8]}... for a chunk of {chunk.num_rows} rows")
+    columns = columns.drop_columns("row")
+    return schema.with_columns(
+        chunk, columns if np.array_equal(order, np.arange(len(order))) else columns.take(order), stage
+    )
+
+
+def join_batch(chunks: Sequence[pa.Table], stages: Sequence[tuple[str, Sequence[Sequence[pa.Table]]]]) -> pa.Table:
+    """All chunks with the columns of all stages, in the order of the prompt stream."""
+    joined = []
+    for i, chunk in enumerate(chunks):
+        for stage, parts in stages:
+            chunk = join(chunk, parts[i], stage)
+        joined.append(chunk)
+    table = pa.concat_tables(joined, promote_options="permissive")
+    return table.sort_by([("group_id", "ascending"), ("sample_index", "ascending")])
+
+
+def groups_without_spread(table: pa.Table) -> list[int]:
+    """Groups of a table with ``score`` whose scores are all equal: what dynamic sampling replaces."""
+    sampled = table.filter(pc.greater(table["sample_index"], schema.GREEDY))
+    spread = sampled.group_by("group_id").aggregate([("score", "min"), ("score", "max")])
+    equal = spread.filter(pc.equal(spread["score_min"], spread["score_max"]))
+    return sorted(equal["group_id"].to_pylist())
+
+
+def estimate_advantages(
+    table: pa.Table,
+    algo: AlgoConfig,
+    reward: RewardConfig,
+    kl_coef: float,
+    scale: ScoreScale,
+    max_response_length: int,
+) -> tuple[pa.Table, dict[str, float]]:
+    """Add ``rewards``, ``advantages`` and ``returns`` to a joined batch; returns it with the step's figures.
+
+    In order: shape the scores, take greedy responses out, put the KL into the reward, estimate, whiten, mask what
+    was cut off.
+    """
+    import torch
+
+    from rlhf_dist import algorithms
+    from rlhf_dist.algorithms import advantages as adv
+    from rlhf_dist.algorithms.kl import kl_estimate, token_rewards
+
+    shaped = torch.from_numpy(shape_scores(table, reward, scale, max_response_length))
+    table, shaped, greedy_scores = _without_greedy(table, shaped)
+    padded = _Padded(table)
+    mask, old = padded["response_mask"].bool(), padded["old_logprobs"]
+    kl = torch.zeros_like(old)
+    metrics = _figures(table, padded, shaped)
+    if "ref_logprobs" in table.column_names:
+        ref = padded["ref_logprobs"]
+        kl = kl_estimate(old, ref, algo.kl_estimator)
+        metrics["rollout/kl"] = float(torch.where(mask, old - ref, 0.0).sum() / table.num_rows)
+
+    group_id = torch.from_numpy(table["group_id"].to_numpy().copy())
+    rewards = token_rewards(shaped, kl, mask, 0.0 if algo.use_kl_loss else kl_coef)
+    terms = algorithms.RewardTerms(
+        rewards=rewards,
+        scores=shaped,
+        mask=mask,
+        group_id=group_id,
+        values=padded["values"] if "values" in table.column_names else None,
+        greedy_scores=greedy_scores,
+        gamma=algo.gamma,
+        gae_lambda=algo.gae_lambda,
+    )
+    estimate = algorithms.lookup(algorithms.ADVANTAGE_ESTIMATORS, algo.advantage_estimator)
+    advantages, returns = estimate(terms)
+    if algo.whitens:
+        advantages = adv.whiten(advantages, mask)
+    if len(group_id.unique()) < len(group_id):
+        scores = torch.from_numpy(table["score"].to_numpy().copy())
+        metrics["rollout/zero_std_groups"] = float(adv.zero_std_groups(scores, group_id))
+    columns = {"rewards": rewards, "advantages": advantages, "returns": returns}
+    table = schema.with_columns(
+        table, pa.table({name: padded.to_arrow(x) for name, x in columns.items()}), "advantages"
+    )
+    if algo.mask_truncated:
+        table = _mask_truncated(table)
+    return schema.check(table, schema.EXPERIENCE, "experience"), metrics
+
+
+def shape_scores(table: pa.Table, reward: RewardConfig, scale: ScoreScale, max_response_length: int) -> np.ndarray:
+    """Normalised and clipped scores, less the penalties for length and for a missing end of text: ``[B]`` float32."""
+    scores = table["score"].to_numpy().astype(np.float32)
+    if reward.normalize:
+        scores = (scores - scale.mean) / max(scale.std, 1e-6)
+    if reward.clip is not None:
+        scores = scores.clip(-reward.clip, reward.clip)
+    if reward.soft_overlong_cache is not None:
+        import torch
+
+        from rlhf_dist.algorithms.losses import soft_overlong_penalty
+
+        lengths = torch.from_numpy(Ragged.of(table, "response_ids").lengths)
+        scores = scores + soft_overlong_penalty(lengths, max_response_length, reward.soft_overlong_cache).numpy()
+    return (scores - reward.missing_eos_penalty * _truncated(table)).astype(np.float32)
+
+
+class _Padded:
+    """Columns with one element per response token as ``[B, T]`` tensors, and back."""
+
+    def __init__(self, table: pa.Table) -> None:
+        import torch
+
+        self.table = table
+        self.lengths = Ragged.of(table, "response_ids").lengths
+        self.present = torch.arange(int(self.lengths.max(initial=1)))[None] < torch.from_numpy(self.lengths)[:, None]
+
+    def __getitem__(self, column: str) -> Any:
+        import torch
+
+        values = torch.from_numpy(Ragged.of(self.table, column).values.astype(np.float32))
+        return torch.zeros(self.present.shape).masked_scatter(self.present, values)
+
+    def to_arrow(self, x: Any) -> pa.Array:
+        return Ragged.to_arrow(x[self.present].float().numpy(), self.lengths).cast(pa.list_(pa.float32()))
+
+
+def _without_greedy(table: pa.Table, shaped: Any) -> tuple[pa.Table, Any, Any]:
+    """The sampled rows and their scores; and for each the score of its group's greedy response, if there are any."""
+    import torch
+
+    sampled = table["sample_index"].to_numpy() > schema.GREEDY
+    if sampled.all():
+        return table, shaped, None
+    group_id = table["group_id"].to_numpy()
+    # The batch is sorted by group, so the groups of the greedy rows are too.
+    place = np.searchsorted(group_id[~sampled], group_id[sampled])
+    greedy_scores = shaped[torch.from_numpy(~sampled)][torch.from_numpy(place)]
+    return table.filter(pa.array(sampled)), shaped[torch.from_numpy(sampled)], greedy_scores
+
+
+def _mask_truncated(table: pa.Table) -> pa.Table:
+    """``response_mask`` 0 on responses that were cut off. After whitening, whose mean must not depend on it."""
+    masks = Ragged.of(table, "response_mask")
+    kept = masks.values * np.repeat(~_truncated(table), masks.lengths).astype(np.uint8)
+    i = table.column_names.index("response_mask")
+    return table.set_column(i, table.schema.field(i), Ragged.to_arrow(kept, masks.lengths))
+
+
+def _truncated(table: pa.Table) -> np.ndarray:
+    return pc.equal(table["finish_reason"].cast(pa.string()), "length").to_numpy(zero_copy_only=False)
+
+
+def _figures(table: pa.Table, padded: _Padded, shaped: Any) -> dict[str, float]:
+    mask = padded["response_mask"].bool()
+    difference = (padded["old_logprobs"] - padded["rollout_logprobs"]).abs()[mask]
+    scores, lengths = table["score"].to_numpy(), padded.lengths
+    metrics = {
+        "rollout/reward_mean": float(scores.mean()),
+        "rollout/reward_std": float(scores.std()),
+        "rollout/shaped_reward_mean": float(shaped.mean()),
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/truncated_rate": float(_truncated(table).mean()),
+        "train/rollout_logprob_abs_diff": float(difference.mean()) if len(difference) else 0.0,
+        "train/rollout_logprob_abs_diff_max": float(difference.max()) if len(difference) else 0.0,
+    }
+    for name in table.column_names:
+        if name.startswith("score/"):
+            metrics[f"rollout/{name}"] = float(np.mean(table[name].to_numpy()))
+    return metrics

@@ -1,0 +1,51 @@
+"""Direct preference optimisation: the policy learns from comparisons, without a reward model or sampling.
+
+    python -m rlhf_dist.main recipe=dpo model.path=...
+
+The reference is the policy before the first step: its log-probabilities of all
+pairs are computed once, by the learner itself, so that no second model is held.
+
+Source: Rafailov et al., 2305.18290; IPO: Azar et al., 2310.12036.
+"""
+
+from __future__ import annotations
+
+from ray import ObjectRef
+
+from rlhf_dist.actors.data import load_table
+from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.recipes.evaluate import compare
+from rlhf_dist.run import Run
+
+
+def dpo(run: Run, model_path: str, sampled: ObjectRef | None = None) -> str:
+    """Train from ``model_path``, compare before and after; returns the result's folder, ``dpo/`` in the run folder.
+
+    Args:
+        sampled: rollouts of the policy, of which the embedded world makes a part of its pairs.
+    """
+    cfg = run.cfg.dpo
+    table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", cfg.max_length, sampled)
+    run.note_rows("comparisons", report)
+    learner = groups.learner(
+        run,
+        "dpo",
+        model_path,
+        head="policy",
+        objective="dpo",
+        placement=cfg.learner,
+        optim=cfg.optim,
+        micro_batch_tokens=cfg.micro_batch_tokens,
+        packing=cfg.packing,
+        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
+    )
+    run.start(dpo=learner)
+    table = learner.pair_logprobs(table)
+    last = supervised.train(run, "dpo", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="accuracy")
+    run.summary.set("dpo.loss", last["loss"])
+    run.summary.set("dpo.comparisons", report["rows"])
+    learner.export(run.path("dpo"), run.tokenizer_dir)
+    run.collect_spans()
+    run.finish_stage()
+    compare(run, {"sft": model_path, "dpo": run.path("dpo")})
+    return run.path("dpo")
