@@ -79,12 +79,12 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "returns": _floats,
 }
 
-#: What the learners read in ``update``.
+#: What the learners read in ``update``; with a critic also ``values`` and ``returns``.
 EXPERIENCE = pa.schema(
     [
         *ROLLOUT,
         ("score", pa.float32()),
-        *[(name, _floats) for name in ("old_logprobs", "rewards", "advantages", "returns")],
+        *[(name, _floats) for name in ("old_logprobs", "rewards", "advantages")],
     ]
 )
 

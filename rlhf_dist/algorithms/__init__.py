@@ -58,21 +58,14 @@ class PolicyTerms:
     dual_clip: float | None
 
 
-def _per_sample(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[RewardTerms], tuple[Tensor, Tensor]]:
+def _per_sample(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[RewardTerms], tuple[Tensor, None]]:
     """An estimator that compares the total rewards of a prompt's samples, spread over their tokens."""
 
-    def estimate(t: RewardTerms) -> tuple[Tensor, Tensor]:
+    def estimate(t: RewardTerms) -> tuple[Tensor, None]:
         totals = torch.where(t.mask, t.rewards, 0).sum(1)
-        return adv.broadcast(estimator(totals, t.group_id), t.mask), adv.broadcast(totals, t.mask)
+        return adv.broadcast(estimator(totals, t.group_id), t.mask), None
 
     return estimate
-
-
-def _with_returns(
-    estimator: Callable[[RewardTerms], Tensor],
-) -> Callable[[RewardTerms], tuple[Tensor, Tensor]]:
-    """An estimator per token, beside the reward-to-go."""
-    return lambda t: (estimator(t), adv.reward_to_go(t.rewards, t.mask, t.gamma))
 
 
 def _gae(t: RewardTerms) -> tuple[Tensor, Tensor]:
@@ -80,21 +73,22 @@ def _gae(t: RewardTerms) -> tuple[Tensor, Tensor]:
     return adv.gae(t.rewards, t.values, t.mask, t.gamma, t.gae_lambda)
 
 
-def _remax(t: RewardTerms) -> Tensor:
+def _remax(t: RewardTerms) -> tuple[Tensor, None]:
     assert t.greedy_scores is not None
-    return adv.remax(t.rewards, t.greedy_scores, t.mask, t.gamma)
+    return adv.remax(t.rewards, t.greedy_scores, t.mask, t.gamma), None
 
 
-#: ``f(RewardTerms) -> (advantages, returns)``, both ``[B, T]`` and 0 outside the mask; not yet whitened, except where
-#: whitening is part of the algorithm.
-ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTerms], tuple[Tensor, Tensor]]] = {
+#: ``f(RewardTerms) -> (advantages [B, T], returns [B, T] for the critic or None)``, 0 outside the mask; not yet
+#: whitened, except where whitening is part of the algorithm.
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTerms], tuple[Tensor, Tensor | None]]] = {
     "gae": _gae,
-    "reinforce": _with_returns(lambda t: adv.reward_to_go(t.rewards, t.mask, t.gamma)),
-    "reinforce_plus_plus": _with_returns(lambda t: adv.reinforce_plus_plus(t.rewards, t.mask, t.gamma)),
-    "reinforce_plus_plus_baseline": _with_returns(
-        lambda t: adv.reinforce_plus_plus_baseline(t.rewards, t.scores, t.mask, t.group_id, t.gamma)
+    "reinforce": lambda t: (adv.reward_to_go(t.rewards, t.mask, t.gamma), None),
+    "reinforce_plus_plus": lambda t: (adv.reinforce_plus_plus(t.rewards, t.mask, t.gamma), None),
+    "reinforce_plus_plus_baseline": lambda t: (
+        adv.reinforce_plus_plus_baseline(t.rewards, t.scores, t.mask, t.group_id, t.gamma),
+        None,
     ),
-    "remax": _with_returns(_remax),
+    "remax": _remax,
     "rloo": _per_sample(adv.rloo),
     "grpo": _per_sample(adv.grpo),
     "dr_grpo": _per_sample(adv.dr_grpo),

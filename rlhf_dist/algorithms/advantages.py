@@ -36,7 +36,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     baseline = _compact(values, mask, slot)
     deltas = _compact(rewards, mask, slot) - baseline
     deltas[:, :-1] += gamma * baseline[:, 1:]
-    advantages = _discounted_suffix_sum(deltas, gamma * lam).gather(1, slot)
+    advantages = _spread(_discounted_suffix_sum(deltas, gamma * lam), slot)
     return advantages, torch.where(mask, advantages + values, 0)
 
 
@@ -44,8 +44,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t+1} over the trained tokens (REINFORCE, Williams 1992); ``[B, T]``, 0 outside the mask."""
     mask = mask.bool()
+    if gamma == 1:  # nothing decays across a gap either: a plain sum
+        return torch.where(mask, torch.where(mask, rewards, 0).flip(1).cumsum(1).flip(1), 0)
     slot = _slots(mask)
-    return _discounted_suffix_sum(_compact(rewards, mask, slot), gamma).gather(1, slot)
+    return _spread(_discounted_suffix_sum(_compact(rewards, mask, slot), gamma), slot)
 
 
 @torch.no_grad()
@@ -167,15 +169,25 @@ def _all_equal(scores: Tensor, index: Tensor, size: Tensor) -> Tensor:
     return low == empty.scatter_reduce(0, index, scores, "amax", include_self=False)
 
 
-def _slots(mask: Tensor) -> Tensor:
-    """For each trained token its number within the row, for all others T: ``[B, T]`` int64."""
+def _slots(mask: Tensor) -> Tensor | None:
+    """For each trained token its number within the row, for all others T: ``[B, T]`` int64.
+
+    None where no row has an untrained token before a trained one: everything is in its place.
+    """
+    if not (mask[:, 1:] > mask[:, :-1]).any():
+        return None
     return torch.where(mask, mask.cumsum(1) - 1, mask.shape[1])
 
 
-def _compact(x: Tensor, mask: Tensor, slot: Tensor) -> Tensor:
-    """The trained tokens of each row moved to its left end, then zeros: ``[B, T + 1]``, the last column always 0."""
-    out = x.new_zeros(x.shape[0], x.shape[1] + 1)
-    return out.scatter_(1, slot, torch.where(mask, x, 0))
+def _compact(x: Tensor, mask: Tensor, slot: Tensor | None) -> Tensor:
+    """The trained tokens of each row moved to its left end, then zeros: ``[B, T]``, or ``[B, T + 1]`` with slots."""
+    x = torch.where(mask, x, 0)
+    return x if slot is None else x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_(1, slot, x)
+
+
+def _spread(x: Tensor, slot: Tensor | None) -> Tensor:
+    """Back from :func:`_compact`: ``[B, T]``, 0 at untrained tokens."""
+    return x if slot is None else x.gather(1, slot)
 
 
 def _discounted_suffix_sum(x: Tensor, decay: float) -> Tensor:

@@ -77,9 +77,12 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 @torch.no_grad()
 def on_last_token(x: Tensor, mask: Tensor) -> Tensor:
     """``x [B]`` at the last trained token of each row, 0 elsewhere: ``[B, T]``."""
-    mask = mask.bool()
-    still_to_come = mask.flip(1).cumsum(1).flip(1)
-    return torch.where(mask & (still_to_come == 1), x[:, None], 0)
+    length = mask.shape[1]
+    if length == 0:
+        return x.new_zeros(mask.shape)
+    # Positions from 1; a row without trained tokens has 0, whose column falls off.
+    last = torch.where(mask.bool(), torch.arange(1, length + 1, device=mask.device), 0).amax(1, keepdim=True)
+    return x.new_zeros(len(x), length + 1).scatter_(1, last, x[:, None])[:, 1:]
 
 
 class FixedKLController:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms.kl import LOG_RATIO_LIMIT, k3
+from rlhf_dist.algorithms.kl import K3_LIMIT, LOG_RATIO_LIMIT
 from rlhf_dist.algorithms.logprobs import entropy_from_logits
 
 __all__ = [
@@ -103,7 +103,7 @@ def ppo_policy_loss(
     log_ratio, advantages, mask = _operands(logprobs, old_logprobs, advantages, mask)
     ratio = log_ratio.exp()
     loss, clipped = _clipped(ratio, advantages, eps_clip, eps_clip_high)
-    metrics = _ratio_metrics(log_ratio, clipped, mask)
+    metrics = _ratio_metrics(log_ratio, ratio, clipped, mask)
     if dual_clip is not None:
         bound = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
         metrics["dual_clip_frac"] = (loss > bound).to(loss.dtype)
@@ -132,9 +132,10 @@ def gspo_policy_loss(
     Arguments and metrics as in :func:`ppo_policy_loss`, with ``ratio`` the row's s on each of its tokens.
     """
     log_ratio, advantages, mask = _operands(logprobs, old_logprobs, advantages, mask)
-    log_ratio = _row_mean(log_ratio, mask).expand_as(log_ratio)
-    loss, clipped = _clipped(log_ratio.exp(), advantages, eps_clip, eps_clip_high)
-    return loss, _ratio_metrics(log_ratio, clipped, mask)
+    log_ratio = _row_mean(log_ratio, mask)  # [B, 1] from here on
+    ratio = log_ratio.exp()
+    loss, clipped = _clipped(ratio, advantages, eps_clip, eps_clip_high)
+    return loss, _ratio_metrics(log_ratio, ratio, clipped, mask)
 
 
 def cispo_policy_loss(
@@ -154,7 +155,7 @@ def cispo_policy_loss(
     ratio = log_ratio.detach().exp()
     weight = _clip(ratio, eps_clip, eps_clip_high)
     loss = -weight * advantages * torch.where(mask, logprobs, 0)
-    return loss, _ratio_metrics(log_ratio, weight != ratio, mask)
+    return loss, _ratio_metrics(log_ratio, ratio, weight != ratio, mask)
 
 
 def decoupled_ppo_loss(
@@ -270,12 +271,14 @@ def _clipped(ratio: Tensor, advantages: Tensor, eps_clip: float, eps_clip_high: 
     return torch.maximum(loss, clipped), clipped > loss
 
 
-def _ratio_metrics(log_ratio: Tensor, clipped: Tensor, mask: Tensor) -> Metrics:
-    log_ratio = log_ratio.detach()
+@torch.no_grad()
+def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> Metrics:
+    """``log_ratio`` and ``ratio`` are ``[B, T]``, or ``[B, 1]`` where a row has one."""
+    ppo_kl = (log_ratio.expm1() - log_ratio).clamp(0, K3_LIMIT)  # k3 of a log-ratio that is cut already
     return {
-        "ratio": torch.where(mask, log_ratio.exp(), 0),
-        "ppo_kl": torch.where(mask, k3(log_ratio), 0),
-        "clip_frac": (clipped & mask).to(log_ratio.dtype),
+        "ratio": torch.where(mask, ratio, 0),
+        "ppo_kl": torch.where(mask, ppo_kl, 0),
+        "clip_frac": (clipped & mask).to(ratio.dtype),
     }
 
 

@@ -70,7 +70,7 @@ def estimate_advantages(
     scale: ScoreScale,
     max_response_length: int,
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Add ``rewards``, ``advantages`` and ``returns`` to a joined batch; returns it with the step's figures.
+    """Add ``rewards``, ``advantages`` and, for the critic, ``returns`` to a batch; returns it with the step's figures.
 
     In order: shape the scores, take greedy responses out, put the KL into the reward, estimate, whiten, mask what
     was cut off.
@@ -111,7 +111,7 @@ def estimate_advantages(
     if len(group_id.unique()) < len(group_id):
         scores = torch.from_numpy(table["score"].to_numpy().copy())
         metrics["rollout/zero_std_groups"] = float(adv.zero_std_groups(scores, group_id))
-    columns = {"rewards": rewards, "advantages": advantages, "returns": returns}
+    columns = {"rewards": rewards, "advantages": advantages} | ({} if returns is None else {"returns": returns})
     table = schema.with_columns(
         table, pa.table({name: padded.to_arrow(x) for name, x in columns.items()}), "advantages"
     )

@@ -7,60 +7,15 @@ expectation is then a number without noise, and is compared with the gradient of
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bias import V, World, estimator_rows, kl_rows, table
 from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms, advantages, kl, losses
 from rlhf_dist.algorithms.logprobs import entropy_from_logits, token_logprobs
-
-V = 5
-
-
-class World:
-    """Every response of one length: probabilities under a tabular policy, a reference, scores."""
-
-    def __init__(self, length: int) -> None:
-        generator = torch.Generator().manual_seed(length)
-        self.tokens = torch.tensor(list(itertools.product(range(V), repeat=length)))
-        prefixes = [tuple(s[:t].tolist()) for s in self.tokens for t in range(length)]
-        number = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
-        self.state = torch.tensor([number[p] for p in prefixes]).view(len(self.tokens), length)
-        self.logits = torch.randn(len(number), V, generator=generator, dtype=torch.float64).requires_grad_()
-        # Near enough that no ratio reaches the limit of k3.
-        self.ref_logits = self.logits.detach() + 0.4 * torch.randn(
-            len(number), V, generator=generator, dtype=torch.float64
-        )
-        self.values = torch.randn(len(number), generator=generator, dtype=torch.float64)
-        self.scores = torch.randn(len(self.tokens), generator=generator, dtype=torch.float64)
-        self.mask = torch.ones_like(self.tokens)
-        self.logprobs = token_logprobs(self.logits[self.state], self.tokens)
-        self.ref_logprobs = token_logprobs(self.ref_logits[self.state], self.tokens)
-        self.probability = self.logprobs.sum(1).exp()
-
-    def gradient(self, x: Tensor) -> Tensor:
-        return torch.autograd.grad(x, self.logits, retain_graph=True)[0]
-
-    def policy_gradient(self, scores: Tensor | None = None) -> Tensor:
-        """∇ E[score], straight from the definition of the expectation."""
-        return self.gradient((self.probability * (self.scores if scores is None else scores)).sum())
-
-    def expected(self, token_advantages: Tensor) -> Tensor:
-        """E[−∇ Σ_t loss_t] of the policy loss, one response per group."""
-        loss, _ = losses.a2c_policy_loss(self.logprobs, token_advantages, self.mask)
-        return -self.gradient((self.probability.detach()[:, None] * loss).sum())
-
-    def expected_of_groups(self, estimator: Callable[[Tensor, Tensor], Tensor], n: int) -> Tensor:
-        """E of the gradient's mean over a group of ``n`` independent responses, over all N^n groups."""
-        members = torch.cartesian_prod(*[torch.arange(len(self.tokens))] * n)
-        probability = self.probability.detach()[members].prod(1)
-        group = torch.arange(len(members)).repeat_interleave(n)
-        found = estimator(self.scores[members.flatten()], group).view(-1, n)
-        weight = torch.zeros_like(self.scores).index_add(0, members.flatten(), (probability[:, None] * found).flatten())
-        return self.gradient((weight / n * self.logprobs.sum(1)).sum())
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +147,17 @@ def test_importance_weights_correct_for_the_sampler(world: World) -> None:
     torch.testing.assert_close(
         (sampler * ratio * world.scores).sum(), (world.probability * world.scores).sum().detach(), rtol=1e-9, atol=0
     )
+
+
+def test_the_table_of_the_docs_is_what_is_enumerated() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
+    rows = estimator_rows()
+    assert table(rows, "estimator") in page, "renew it with: python -m benchmarks.bias"
+    assert table(kl_rows(), "KL") in page
+    bias_of = {name: value for name, value, _, _ in rows}
+    for name in ("gae, λ = 1", "reinforce", "remax", "rloo"):
+        assert bias_of[name] < 1e-9, "unbiased"
+    assert bias_of["dr_grpo"] == pytest.approx(0.5), "short by 1/n"
 
 
 # --- a bandit with a known optimum

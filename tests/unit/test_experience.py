@@ -148,7 +148,6 @@ def test_whitening_is_over_all_trained_tokens() -> None:
     for score, mask in zip(SCORES, rows(table, "response_mask"), strict=True):
         ahead = mask[::-1].cumsum()[::-1]
         returns.append(np.where(mask == 1, score * 0.5 ** (ahead - 1), 0.0))
-    assert_rows(found, "returns", returns)
     trained = np.concatenate([x[m == 1] for x, m in zip(returns, rows(table, "response_mask"), strict=True)])
     white = [
         np.where(m == 1, (x - trained.mean()) / trained.std(ddof=1), 0)
@@ -262,8 +261,7 @@ def test_an_estimator_of_ones_own() -> None:
 
 
 def sign_of_the_score(terms: Any) -> tuple[Any, Any]:
-    spread = terms.scores.sign()[:, None] * terms.mask
-    return spread, spread
+    return terms.scores.sign()[:, None] * terms.mask, None
 
 
 def test_scores_that_never_vary_do_not_explode() -> None:

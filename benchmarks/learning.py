@@ -1,0 +1,125 @@
+"""Every algorithm of ``configs/algorithms`` on the embedded world: gold score before and after, KL, seconds.
+
+    python -m benchmarks.learning                       # all algorithms, three seeds; hours on two cores
+    python -m benchmarks.learning --only grpo rloo --seeds 0
+    python -m benchmarks.learning --table               # print what was measured so far
+
+One SFT and one reward-model checkpoint per seed is shared by all; each algorithm then gets the same number of steps
+and of samples. Runs that the results hold already are not repeated, so a broken benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "algorithms"
+RESULTS = Path(__file__).parent / "results" / "learning.json"
+#: Steps of 128 samples: enough for every algorithm to show where it is going.
+STEPS = 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--only", nargs="+", help="names of files in configs/algorithms, without .yaml; ppo is the default"
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="where the runs go")
+    parser.add_argument("--table", action="store_true", help="print the results and exit")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
+    if not args.table:
+        names = args.only or ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml"))]
+        for seed in args.seeds:
+            for name in names:
+                if not any((r["algorithm"], r["seed"]) == (name, seed) for r in results["runs"]):
+                    results["runs"].append(measure(name, seed, args.runs))
+                    RESULTS.parent.mkdir(exist_ok=True)
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    show(results["runs"])
+
+
+def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
+    """One algorithm from the seed's shared checkpoints."""
+    base = shared_checkpoints(seed, runs)
+    file = CONFIGS / f"{name}.yaml"
+    text = yaml.safe_load(file.read_text()) if name != "ppo" else {}
+    options = [f"seed={seed}", f"model.path={base / 'sft'}", "model.architecture={}", f"run.root={runs}"]
+    if "pipeline" in text:  # DPO and its kin learn from comparisons, a part of which the policy samples
+        options += ["pipeline.stages=[dpo]"]
+    elif "reward_model" in text:
+        options += ["pipeline.stages=[reward_model,ppo]"]
+    else:
+        options += ["recipe=ppo", f"critic.path={base / 'reward_model'}"]
+        if "components" not in text.get("reward", {}):
+            options += [f"reward.components=[{{name: reward_model, model: {base / 'reward_model'}}}]"]
+    options += [f"train.steps={STEPS}", f"run.name={name}-{seed}", "run.save_rollouts=false"]
+    started = time.time()
+    summary = execute([*(["--config", str(file)] if name != "ppo" else []), *options], runs / f"{name}-{seed}")
+    last = "dpo" if "pipeline" in text else "ppo"
+    before, after = summary["eval"]["sft"], summary["eval"][last]
+    return {
+        "algorithm": name,
+        "seed": seed,
+        "sft": before["gold_score"],
+        "gold_score": after["gold_score"],
+        "gold_score_greedy": after["gold_score_greedy"],
+        "kl": after.get("kl"),
+        "stage_seconds": stage_seconds(runs / f"{name}-{seed}", last),
+        "wall_seconds": round(time.time() - started, 1),
+        "versions": summary["versions"],
+        "options": options,
+    }
+
+
+def shared_checkpoints(seed: int, runs: Path) -> Path:
+    """The run folder with ``sft`` and ``reward_model`` of a seed; trained on the first call."""
+    folder = runs / f"base-{seed}"
+    if not (folder / "reward_model").exists():
+        options = [f"seed={seed}", f"run.root={runs}", f"run.name=base-{seed}", "pipeline.stages=[sft,reward_model]"]
+        execute(options, folder)
+    return folder
+
+
+def execute(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """``python -m rlhf_dist.main``; returns the summary."""
+    subprocess.run([sys.executable, "-m", "rlhf_dist.main", *arguments], cwd=ROOT, check=True)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def stage_seconds(folder: Path, stage: str) -> float:
+    """Seconds of the training steps alone, without start-up and evaluation."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in lines if line["stage"] == stage]
+    return round((times[-1] - times[0]) * len(times) / max(1, len(times) - 1), 1)
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """One row for each algorithm: means over the seeds, and the lowest and highest gold score."""
+    table = Table("algorithm", "seeds", "SFT", "gold score", "lowest", "highest", "greedy", "KL", "seconds")
+    for name in dict.fromkeys(r["algorithm"] for r in runs):
+        part = [r for r in runs if r["algorithm"] == name]
+        gold = [r["gold_score"] for r in part]
+        mean = lambda key, part=part: statistics.mean(r[key] for r in part)
+        kl = f"{mean('kl'):.2f}" if all(r["kl"] is not None for r in part) else "-"
+        cells = [mean("sft"), mean("gold_score"), min(gold), max(gold), mean("gold_score_greedy")]
+        table.add_row(name, str(len(part)), *(f"{x:.3f}" for x in cells), kl, f"{mean('stage_seconds'):.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The benchmarks run and write what their readers expect; their figures are not the tests' business."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+
+#: What no other library computes in the same way; the docstring of the benchmark has the reasons.
+NOT_COMPARED = {"reinforce", "decoupled_ppo"}
+
+
+@pytest.fixture
+def algorithms(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The benchmark where verl is not installed, whether it is or not."""
+    monkeypatch.setitem(sys.modules, "verl", None)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import algorithms
+
+    return algorithms
+
+
+def test_algorithms_writes_every_repetition(
+    algorithms: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "algorithms.json"
+    threads = torch.get_num_threads()
+    algorithms.main(["--rows", "4", "--length", "16", "--repeats", "2", "--out", str(out)])
+    assert torch.get_num_threads() == threads
+    report = json.loads(out.read_text())
+    assert report["machine"]["cpu"]
+    assert report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["verl"] is None
+    assert (report["shape"]["rows"], report["shape"]["length"], report["repeats"]) == (4, 16, 2)
+    assert 4 <= report["shape"]["trained_tokens"] <= 64
+    assert {row["ours"].split(",")[0] for row in report["results"]} == (
+        ADVANTAGE_ESTIMATORS.keys() | POLICY_LOSSES.keys()
+    ) - NOT_COMPARED
+    for row in report["results"]:
+        assert len(row["ours_seconds"]) == 2
+        assert min(row["ours_seconds"]) <= row["ours_median"] <= max(row["ours_seconds"])
+        if row["library"] == "verl":
+            assert (row["theirs_seconds"], row["theirs_median"], row["ratio"], row["difference"]) == ([], *[None] * 3)
+        else:
+            assert len(row["theirs_seconds"]) == 2
+            assert row["ratio"] == pytest.approx(row["theirs_median"] / row["ours_median"])
+            assert row["difference"] <= algorithms.TOLERANCE
+    assert "verl is not installed" in report["missing"]
+    assert f"pip install --no-deps {algorithms.VERL}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_is_timed_that_disagrees(algorithms: Any) -> None:
+    """On the trained tokens, that is: what stands elsewhere does not matter."""
+    mask = torch.tensor([[True, True], [True, False]])
+    ours, theirs = torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[1.0, 2.0], [4.0, 9.0]])
+    pair = algorithms.Pair("ours", "other", "function", False, lambda: (ours,), lambda: (theirs, mask))
+    assert algorithms.measure(pair, 1, mask, comparable=True)["difference"] == 0
+    theirs[0, 0] = 1.5
+    with pytest.raises(ValueError, match=r"ours differs from other function by 0.12 "):
+        algorithms.measure(pair, 1, mask, comparable=True)
+
+
+def test_sizes_that_cannot_be_compared_are_refused(algorithms: Any) -> None:
+    with pytest.raises(SystemExit):
+        algorithms.main(["--rows", "1"])
