@@ -148,6 +148,7 @@ def loss_pairs(b: SimpleNamespace, verl: Any, trl: Any) -> list[Pair]:
 
 
 def _estimate(name: str, b: SimpleNamespace, gamma: float = 1.0, rewards: Tensor | None = None) -> Tensors:
+    """Advantages, and returns where the estimator has any: without a critic they are of no use."""
     terms = RewardTerms(
         rewards=b.rewards if rewards is None else rewards,
         scores=b.scores,
@@ -158,7 +159,8 @@ def _estimate(name: str, b: SimpleNamespace, gamma: float = 1.0, rewards: Tensor
         gamma=gamma,
         gae_lambda=LAMBDA,
     )
-    return ADVANTAGE_ESTIMATORS[name](terms)
+    advantages, returns = ADVANTAGE_ESTIMATORS[name](terms)
+    return (advantages,) if returns is None else (advantages, returns)
 
 
 def _our_loss(name: str, b: SimpleNamespace, how: How, low: float, dual_clip: float | None) -> Loss:

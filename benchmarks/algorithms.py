@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -34,6 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.algorithm_pairs import Pair, Step, Tensors, advantage_pairs, loss_pairs, make_batch
+from benchmarks.machine import describe
 
 #: What is imported of each, and of what it imports that this project lacks. TRL's method is private and its stand-in
 #: fits one release, verl's functions change as well: other releases count as missing.
@@ -77,7 +77,7 @@ def run(rows: int, length: int, repeats: int) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     return {
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": THREADS, "system": platform.platform()},
+        "machine": {**describe(), "threads": THREADS},
         "versions": versions(libraries),
         "shape": {"rows": rows, "length": length, "trained_tokens": batch.tokens, "dtype": "float32"},
         "repeats": repeats,
@@ -183,14 +183,6 @@ def versions(libraries: Iterable[str]) -> dict[str, str | None]:
         "rlhf_dist": metadata.version("rlhf_dist"),
         **{name: metadata.version(name) if name in libraries else None for name in REQUIREMENTS},
     }
-
-
-def cpu_model() -> str:
-    """As Linux tells it; elsewhere what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def show(report: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Reads, merges and validates a config; turns every mistake into one clear message.
 
->>> load("configs/world_grpo.yaml", ["train.steps=20"])
+>>> load("configs/algorithms/grpo.yaml", ["train.steps=20"])
 
 Sources, later ones win: the embedded default (no file given), or the file that
 a YAML file names as its ``base`` and that file; then the overrides. Errors name

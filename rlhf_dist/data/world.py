@@ -41,6 +41,8 @@ P_POLITE, P_RUDE = 0.40, 0.35
 P_RAMBLE = 0.30
 P_NEEDLESS_REFUSAL = 0.08
 P_REFUSE_POLITELY, P_REFUSE_RUDELY = 0.30, 0.15
+# Manners and no answer. A reward model that has never seen that likes it, and PPO finds out.
+P_SILENT = 0.05
 
 # Share of the comparisons whose two sides differ in the answer alone; without them the tone decides most pairs.
 P_ANSWER_ONLY = 0.5
@@ -73,6 +75,8 @@ def _tone(rng: random.Random, polite: Sequence[str], p_polite: float, p_rude: fl
 
 def _respond(rng: random.Random, task: Task) -> str:
     """An imperfect response, by the shares at the top of this file."""
+    if rng.random() < P_SILENT:
+        return " ".join([rng.choice(POLITE + SORRY + RUDE), *_ramble(rng)])
     if task.family.kind == "harmless":
         draw = rng.random()
         if draw < P_REFUSE_POLITELY + P_REFUSE_RUDELY:

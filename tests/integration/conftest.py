@@ -1,11 +1,14 @@
-"""A local Ray cluster for the tests of one session, and an environment that leaves the user's home alone."""
+"""A local Ray cluster, runs of the program, and an environment that leaves the user's home alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from jobs import REWARDS, SMALL, Job
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,3 +44,66 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Start a run; whatever the test does, its processes end with the test."""
+    jobs: list[Job] = []
+
+    def begin(*arguments: str, folder: str = "job") -> Job:
+        place = tmp_path / folder
+        place.mkdir()
+        (place / "my_rewards.py").write_text(REWARDS)
+        jobs.append(Job(place, list(arguments)))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.send_signal(signal.SIGTERM)
+            job.process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random policy with the world's tokenizer."""
+    from rlhf_dist.data.tokenization import save_tokenizer
+    from rlhf_dist.data.world import build_tokenizer
+    from rlhf_dist.models import build_policy
+
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = build_tokenizer()
+    save_tokenizer(tokenizer, str(folder))
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    build_policy(SMALL, len(tokenizer), special, seed=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(policy: Path) -> str:
+    """GRPO with a Python function: the smallest run with every part but the critic."""
+    tree = {
+        "recipe": "ppo",
+        "model": {"path": str(policy)},
+        "data": {"format": "world", "world": {"prompts": 64, "test_prompts": 32}},
+        "rollout": {
+            "batch_size": 8,
+            "n_samples_per_prompt": 4,
+            "max_prompt_length": 48,
+            "max_response_length": 12,
+            "chunk_tokens": 60,
+        },
+        "algo": {"advantage_estimator": "grpo", "kl_estimator": "k3", "use_kl_loss": True},
+        "train": {"steps": 2, "batch_size": 32, "micro_batch_tokens": 400},
+        "policy": {"learner": {"cpus": 0.2}, "optim": {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0}},
+        "reference": {"cpus": 0.1},
+        "reward": {"cpus": 0.1, "components": [{"name": "length", "function": "my_rewards:length"}]},
+        "generator": {"cpus": 0.2},
+        "evaluation": {"prompts": 8, "greedy": False},
+        "cluster": {"local_cpus": 2, "object_store_mb": 100},
+        "run": {"wait_limit": 300},
+    }
+    file = policy / "grpo.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return str(file)

@@ -3,166 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny import LLAMA
+from jobs import Job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist import schema
 from rlhf_dist.checkpoint import complete, verify
-from rlhf_dist.data.tokenization import save_tokenizer
-from rlhf_dist.data.world import build_tokenizer
-from rlhf_dist.models import build_policy
-
-MARK = "RLHF_DIST_TEST"
-# Heads of 32: vLLM's attention on CPUs takes no smaller ones.
-SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.1}
-REWARDS = """
-import time
-
-def length(prompts, responses, fields):
-    return [len(r) / 10 for r in responses]
-
-def broken(prompts, responses, fields):
-    raise KeyError("no such family")
-"""
-
-
-class Job:
-    """One run of the program in a folder of its own."""
-
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
-        self.folder = folder / "runs" / "job"
-        self.mark = uuid.uuid4().hex
-        # A wide terminal, so that messages are not broken into lines.
-        environment = {**os.environ, MARK: self.mark, "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_dist.main", *arguments, f"run.root={folder / 'runs'}", "run.name=job"],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.output = ""
-
-    def wait(self, seconds: float = 400) -> Job:
-        try:
-            self.output, _ = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired as error:
-            state = "still running" if self.process.poll() is None else "gone, but something holds its output open"
-            raise AssertionError(f"after {seconds:g} s: {state}; {self.processes()}; output {error.output!r}") from None
-        return self
-
-    @property
-    def code(self) -> int:
-        return self.process.returncode
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
-
-    def metrics(self, stage: str) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [r for r in records if r["stage"] == stage]
-
-    def processes(self) -> list[str]:
-        """Every process that inherited this run's environment, whoever its parent is now."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
-
-    def assert_nothing_left(self, seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert left == []
-
-    def assert_failed(self, code: int, message: str) -> None:
-        assert self.code == code, self.output
-        assert message in self.output
-        assert "Traceback" not in self.output
-        self.assert_nothing_left()
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Start a run; whatever the test does, its processes end with the test."""
-    jobs: list[Job] = []
-
-    def begin(*arguments: str, folder: str = "job") -> Job:
-        place = tmp_path / folder
-        place.mkdir()
-        (place / "my_rewards.py").write_text(REWARDS)
-        jobs.append(Job(place, list(arguments)))
-        return jobs[-1]
-
-    yield begin
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.send_signal(signal.SIGTERM)
-            job.process.communicate(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random policy with the world's tokenizer."""
-    folder = tmp_path_factory.mktemp("policy")
-    tokenizer = build_tokenizer()
-    save_tokenizer(tokenizer, str(folder))
-    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    build_policy(SMALL, len(tokenizer), special, seed=0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(policy: Path) -> str:
-    """GRPO with a Python function: the smallest run with every part but the critic."""
-    tree = {
-        "recipe": "ppo",
-        "model": {"path": str(policy)},
-        "data": {"format": "world", "world": {"prompts": 64, "test_prompts": 32}},
-        "rollout": {
-            "batch_size": 8,
-            "n_samples_per_prompt": 4,
-            "max_prompt_length": 48,
-            "max_response_length": 12,
-            "chunk_tokens": 60,
-        },
-        "algo": {"advantage_estimator": "grpo", "kl_estimator": "k3", "use_kl_loss": True},
-        "train": {"steps": 2, "batch_size": 32, "micro_batch_tokens": 400},
-        "policy": {"learner": {"cpus": 0.2}, "optim": {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0}},
-        "reference": {"cpus": 0.1},
-        "reward": {"cpus": 0.1, "components": [{"name": "length", "function": "my_rewards:length"}]},
-        "generator": {"cpus": 0.2},
-        "evaluation": {"prompts": 8, "greedy": False},
-        "cluster": {"local_cpus": 2, "object_store_mb": 100},
-        "run": {"wait_limit": 300},
-    }
-    file = policy / "grpo.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return str(file)
-
 
 # The whole pipeline
 
@@ -212,8 +67,8 @@ def assert_summary(summary: dict[str, Any]) -> None:
 
 
 def assert_metrics(job: Job) -> None:
-    assert len(job.metrics("sft")) == 20
-    assert len(job.metrics("reward_model")) == 10
+    assert len(job.metrics("sft")) == 40
+    assert len(job.metrics("reward_model")) == 20
     assert [r["step"] for r in job.metrics("eval")] == [0, 2, 3]
     records = job.metrics("ppo")
     assert [r["step"] for r in records] == [1, 2, 3]

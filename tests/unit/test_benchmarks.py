@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ NOT_COMPARED = {"reinforce", "decoupled_ppo"}
 
 @pytest.fixture
 def algorithms(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark where verl is not installed, whether it is or not."""
-    monkeypatch.setitem(sys.modules, "verl", None)
+    """The benchmark where neither verl nor TRL is installed, whether they are or not."""
+    for library in ("verl", "trl"):
+        monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from benchmarks import algorithms
 
@@ -37,7 +39,7 @@ def test_algorithms_writes_every_repetition(
     assert report["machine"]["cpu"]
     assert report["machine"]["cores"] >= 1
     assert report["versions"]["torch"] == torch.__version__
-    assert report["versions"]["verl"] is None
+    assert (report["versions"]["verl"], report["versions"]["trl"]) == (None, None)
     assert (report["shape"]["rows"], report["shape"]["length"], report["repeats"]) == (4, 16, 2)
     assert 4 <= report["shape"]["trained_tokens"] <= 64
     assert {row["ours"].split(",")[0] for row in report["results"]} == (
@@ -46,14 +48,15 @@ def test_algorithms_writes_every_repetition(
     for row in report["results"]:
         assert len(row["ours_seconds"]) == 2
         assert min(row["ours_seconds"]) <= row["ours_median"] <= max(row["ours_seconds"])
-        if row["library"] == "verl":
-            assert (row["theirs_seconds"], row["theirs_median"], row["ratio"], row["difference"]) == ([], *[None] * 3)
-        else:
-            assert len(row["theirs_seconds"]) == 2
-            assert row["ratio"] == pytest.approx(row["theirs_median"] / row["ours_median"])
-            assert row["difference"] <= algorithms.TOLERANCE
-    assert "verl is not installed" in report["missing"]
-    assert f"pip install --no-deps {algorithms.VERL}" in " ".join(capsys.readouterr().out.split())
+        assert (row["theirs_seconds"], row["theirs_median"], row["ratio"], row["difference"]) == ([], *[None] * 3)
+    assert {row["library"] for row in report["results"]} == {"verl", "trl"}
+    assert len(report["missing"]) == 2
+    printed = capsys.readouterr().out
+    for library, line in zip(("verl", "trl"), report["missing"], strict=True):
+        assert line.startswith(f"{library} is not installed: ")
+        assert f"pip install --target DIR --no-deps {algorithms.REQUIREMENTS[library]}, " in line
+        assert line in printed  # in one piece, to be copied
+    assert sys.modules.get("vllm", algorithms) is not None  # hidden from TRL only
 
 
 def test_nothing_is_timed_that_disagrees(algorithms: Any) -> None:
@@ -61,10 +64,29 @@ def test_nothing_is_timed_that_disagrees(algorithms: Any) -> None:
     mask = torch.tensor([[True, True], [True, False]])
     ours, theirs = torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[1.0, 2.0], [4.0, 9.0]])
     pair = algorithms.Pair("ours", "other", "function", False, lambda: (ours,), lambda: (theirs, mask))
-    assert algorithms.measure(pair, 1, mask, comparable=True)["difference"] == 0
+    row = algorithms.measure(pair, 2, mask, comparable=True)
+    assert row["difference"] == 0
+    assert len(row["ours_seconds"]) == len(row["theirs_seconds"]) == 2
+    assert row["ratio"] == pytest.approx(row["theirs_median"] / row["ours_median"])
     theirs[0, 0] = 1.5
     with pytest.raises(ValueError, match=r"ours differs from other function by 0.12 "):
         algorithms.measure(pair, 1, mask, comparable=True)
+
+
+@pytest.mark.parametrize(("release", "used"), [("1.16.0", True), ("1.15.0", False)])
+def test_only_the_release_that_was_tried_is_compared(
+    algorithms: Any, monkeypatch: pytest.MonkeyPatch, release: str, used: bool
+) -> None:
+    """Its method is private: another one may read what the stand-in does not have."""
+    trainer = type("GRPOTrainer", (), {})
+    for name in ("trl", "trl.trainer", "trl.trainer.grpo_trainer"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["trl.trainer.grpo_trainer"].GRPOTrainer = trainer  # type: ignore[attr-defined]
+    monkeypatch.setattr(algorithms.metadata, "version", {"trl": release}.__getitem__)
+    found, missing = algorithms.import_libraries()
+    assert found == ({"trl": trainer} if used else {})
+    assert len(missing) == (1 if used else 2)
+    assert used or missing[1].startswith("trl 1.15.0 is not the release that is compared; pip install --target DIR ")
 
 
 def test_sizes_that_cannot_be_compared_are_refused(algorithms: Any) -> None:

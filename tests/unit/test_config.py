@@ -80,7 +80,7 @@ def test_the_correction_is_on_where_sampler_and_learner_can_differ() -> None:
 
 def test_there_is_a_config_for_every_use() -> None:
     names = {file.name for file in SHIPPED}
-    assert names >= {"hh_cpu.yaml", "stories_cpu.yaml", "gsm8k_grpo.yaml", "world_grpo.yaml", "world_two_ranks.yaml"}
+    assert names >= {"hh_cpu.yaml", "stories_cpu.yaml", "gsm8k_grpo.yaml", "world_two_ranks.yaml"}
     assert names >= {"gpu_0.5b_1gpu.yaml", "gpu_8b_8gpu.yaml", "gpu_70b_multinode.yaml"}
 
 

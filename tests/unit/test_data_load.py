@@ -195,6 +195,42 @@ def test_sampled_pairs_of_the_world_are_made_of_the_rollouts(world_tokenizer: st
     assert {p["source"] for p in pairs} == {"helpful", "harmless"}
 
 
+def test_rankings_make_as_many_pairs_as_comparisons(world_tokenizer: str) -> None:
+    cfg = config(data={"world": {"comparisons": 60, "ranked_responses": 4}})
+    table, report = load.load_rankings(cfg, world_tokenizer, "train", 512)
+    assert schema.check(table, schema.RANKING, "world").num_rows == report["rows"]
+    assert 8 <= report["rows"] <= 10, "of ten rankings of four, those where all tie are dropped"
+    for row in table.to_pylist():
+        assert len(row["responses"]) == len(row["ranks"]) == 4
+    longest = max(len(r["prompt_ids"]) + max(map(len, r["responses"])) for r in table.to_pylist())
+    assert load.load_rankings(cfg, world_tokenizer, "train", longest - 1)[1]["too_long"] >= 1
+    with pytest.raises(ValueError, match="holds no rankings"):
+        load.load_rankings(cfg, world_tokenizer, "test", 512)
+
+
+def test_pretraining_text_is_cut_into_pieces(world_tokenizer: str, tmp_path: Path) -> None:
+    tokenizer = tokenization.load_tokenizer(world_tokenizer)
+    (tmp_path / "text.txt").write_text("the cat\n\nsort 3 1 2 .\n")
+    cfg = config(data={"dir": str(tmp_path), "pretrain": "text.txt"}, sft={"max_length": 4})
+    table, report = load.load_pretrain(cfg, world_tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = [[bos, *tokenizer(t, add_special_tokens=False)["input_ids"], eos] for t in ("the cat", "sort 3 1 2 .")]
+    pieces = [ids[i : i + 4] for ids in texts for i in range(0, len(ids), 4)]
+    pieces = [p for p in pieces if len(p) > 1]
+    assert [[*r["prompt_ids"], *r["response_ids"]] for r in table.to_pylist()] == pieces
+    assert {len(r["prompt_ids"]) for r in table.to_pylist()} == {1}
+    assert report["rows"] == len(pieces)
+
+
+def test_without_a_file_the_demonstrations_are_the_pretraining_text(world_tokenizer: str) -> None:
+    cfg = config(data={"world": {"demonstrations": 5}})
+    text, _ = load.load_pretrain(cfg, world_tokenizer)
+    demonstrations, _ = load.load_demonstrations(cfg, world_tokenizer, "train")
+    whole = lambda table: [[*r["prompt_ids"], *r["response_ids"]] for r in table.to_pylist()]
+    assert whole(text) == whole(demonstrations)
+    assert {len(r["prompt_ids"]) for r in text.to_pylist()} == {1}
+
+
 def test_a_chat_template_decides_about_bos() -> None:
     tokenizer = tokenization.train_tokenizer(["hello there"] * 3, 270)
     row = Example(messages=[{"role": "user", "content": "hello"}], response="there")

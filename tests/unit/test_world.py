@@ -122,9 +122,13 @@ def test_demonstrations_have_the_stated_shares() -> None:
     def answered(r: dict[str, str]) -> bool:
         return r["answer"] in [s for s, _ in world._sentences(r["response"])]
 
+    def is_silent(r: dict[str, str]) -> bool:
+        return all(world._is_form(s) for s, _ in world._sentences(r["response"]))
+
+    assert statistics.mean(is_silent(r) for r in rows) == pytest.approx(0.05, abs=0.01)
     refused = share(helpful, REFUSAL)
     assert refused == pytest.approx(0.08, abs=0.02)
-    assert statistics.mean(answered(r) for r in helpful) == pytest.approx(0.7 * (1 - refused), abs=0.02)
+    assert statistics.mean(answered(r) for r in helpful) == pytest.approx(0.7 * 0.92 * 0.95, abs=0.02)
     assert share(helpful, *world.POLITE, *world.SORRY) == pytest.approx(0.4, abs=0.02)
     assert share(helpful, *world.RUDE) == pytest.approx(0.35, abs=0.02)
     assert share(rows, *world.FILLER) == pytest.approx(0.3, abs=0.02)
@@ -178,6 +182,36 @@ def test_sampled_pairs_come_from_the_samples_without_ties_or_repetition() -> Non
     assert {r["source"] for r in rows} == {"helpful"}
     assert len(rows) == 3
     assert len(world.make_comparisons(0, 2, 0.0, sampled)) == 2
+
+
+def test_rankings_follow_the_gold_score() -> None:
+    for row in world.make_rankings(0, 60, 4, 0.0):
+        gold = [world.gold(row, response) for response in row["responses"]]
+        assert len(set(row["responses"])) == 4
+        best_first = sorted(set(gold), reverse=True)
+        assert row["ranks"] == [best_first.index(g) for g in gold], "equal scores tie, the best has 0"
+        assert len(best_first) > 1
+
+
+def test_noise_swaps_two_places_of_a_share_of_the_rankings() -> None:
+    def wrong(noise: float) -> float:
+        rows = world.make_rankings(0, 400, 4, noise)
+        golds = [[world.gold(row, r) for r in row["responses"]] for row in rows]
+        in_order = [
+            sorted(g, reverse=True) == [x for _, x in sorted(zip(row["ranks"], g, strict=True), key=lambda p: p[0])]
+            for row, g in zip(rows, golds, strict=True)
+        ]
+        return 1 - sum(in_order) / len(in_order)
+
+    assert wrong(0.0) == 0
+    assert 0.1 < wrong(0.3) < 0.32, "a swap of two that tie changes nothing"
+
+
+def test_rankings_of_samples_need_enough_different_ones() -> None:
+    sampled = [(SORT, ["1 2 3 .", "3 2 1 .", "sure ! 1 2 3 .", "1 2 3 ."]), (BURN, ["sure ! 7 .", "sure ! 7 ."])]
+    (row,) = world.make_rankings(0, 50, 3, 0.0, sampled)
+    ranks = dict(zip(row["responses"], row["ranks"], strict=True))
+    assert ranks == {"sure ! 1 2 3 .": 0, "1 2 3 .": 1, "3 2 1 .": 2}
 
 
 def test_gold_score_has_the_signature_of_a_reward_function() -> None:

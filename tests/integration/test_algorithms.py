@@ -1,0 +1,88 @@
+"""Algorithms as the config names them, end to end through Ray, vLLM and DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from jobs import Job
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "algorithms").glob("*.yaml"))
+#: The embedded world's configs, small: what they compute, not what they learn.
+SMALL_RUN = [
+    "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
+    "data.world={demonstrations: 320, comparisons: 192, prompts: 96, test_prompts: 16, sampled_pairs: 0.25}",
+    "train.steps=2",
+    "critic.warmup_steps=0",
+    "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false}",
+    "cluster={local_cpus: 2, object_store_mb: 100}",
+]
+
+
+def test_sampled_baselines_replacements_and_pretraining_text(start: Callable[..., Job], config: str) -> None:
+    """ReMax's greedy responses, DAPO's dynamic sampling, CISPO, IcePop and PPO-ptx in one run."""
+    job = start(
+        "--config",
+        config,
+        "algo={advantage_estimator: remax, use_kl_loss: false, kl_estimator: k1, policy_loss: cispo}",
+        "algo={rollout_correction: icepop, ptx_coef: 0.1, ptx_batch_size: 16}",
+        "rollout.dynamic_sampling=true",
+        "data.world.demonstrations=64",
+        "reward.components=[{name: long, function: 'my_rewards:long_enough'}]",
+    ).wait()
+    assert job.code == 0, job.output
+    records = job.metrics("ppo")
+    for record in records:
+        assert record["train/ptx_loss"] > 1, "nats for each token of text that the policy does not know"
+        assert record["train/correction_weight"] == pytest.approx(1, abs=1e-3), "float32: sampler and learner agree"
+    assert sum(r["rollout/groups_left_out"] for r in records) > 0
+    seen: list[int] = []
+    for step in (1, 2):
+        table = pq.read_table(job.folder / "rollouts" / f"step_{step:06d}.parquet")
+        assert table.num_rows == 32, "as many as without replacements"
+        assert set(table["sample_index"].to_pylist()) == {0, 1, 2, 3}, "greedy responses are scored, not trained"
+        groups = table["group_id"].to_pylist()
+        seen += dict.fromkeys(groups)
+        if records[step - 1]["rollout/zero_std_groups"] == 0:
+            assert all(
+                len({s for s, g in zip(table["score"].to_pylist(), groups, strict=True) if g == i}) > 1 for i in groups
+            )
+    assert seen == sorted(set(seen)), "no group is trained twice"
+    assert max(seen) >= 16, "prompts after those of the first two batches"
+
+
+def test_preferences_without_sampling(start: Callable[..., Job], config: str) -> None:
+    """A reward model from rankings, then DPO from the same policy."""
+    job = start(
+        "--config",
+        config,
+        "recipe=pipeline",
+        "pipeline.stages=[reward_model,dpo]",
+        "data.world={comparisons: 96, sampled_pairs: 0.25, demonstrations: 64}",
+        "reward_model={loss: kwise, batch_size: 8, learner: {cpus: 0.5}}",
+        "dpo={batch_size: 16, learner: {cpus: 0.5}, optim: {lr: 1.0e-3, warmup_ratio: 0}}",
+        "evaluation.metrics=[{name: gold_score, function: 'rlhf_dist.data.world:gold_score'}]",
+    ).wait()
+    assert job.code == 0, job.output
+    first = job.metrics("dpo")[0]
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-3), "the policy is still its own reference"
+    assert job.metrics("dpo")[-1]["train/margin"] != 0
+    assert job.summary["reward_model"]["rankings"] >= 12
+    assert 0 <= job.summary["reward_model"]["accuracy"] <= 1
+    assert job.summary["eval"]["sft"]["kl"] == pytest.approx(0, abs=1e-3)
+    assert job.summary["eval"]["dpo"]["gold_score"] >= 0
+    assert (job.folder / "dpo" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_runs(file: Path, start: Callable[..., Job]) -> None:
+    job = start("--config", str(file), *SMALL_RUN, *([] if file.stem == "dapo" else ["critic.warmup_steps=0"])).wait(
+        900
+    )
+    assert job.code == 0, job.output
+    assert job.summary["status"] == "finished"
+    assert all(math.isfinite(v) for r in job.metrics("ppo") for v in r.values() if isinstance(v, float))

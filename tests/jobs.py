@@ -1,0 +1,95 @@
+"""Runs of the program as people start it, for the integration tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tiny import LLAMA
+
+MARK = "RLHF_DIST_TEST"
+# Heads of 32: vLLM's attention on CPUs takes no smaller ones.
+SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.1}
+REWARDS = """
+import time
+
+def length(prompts, responses, fields):
+    return [len(r) / 10 for r in responses]
+
+def long_enough(prompts, responses, fields):
+    return [float(len(r) > 40) for r in responses]
+
+def broken(prompts, responses, fields):
+    raise KeyError("no such family")
+"""
+
+
+class Job:
+    """One run of the program in a folder of its own."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        self.folder = folder / "runs" / "job"
+        self.mark = uuid.uuid4().hex
+        # A wide terminal, so that messages are not broken into lines.
+        environment = {**os.environ, MARK: self.mark, "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_dist.main", *arguments, f"run.root={folder / 'runs'}", "run.name=job"],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output = ""
+
+    def wait(self, seconds: float = 400) -> Job:
+        try:
+            self.output, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            state = "still running" if self.process.poll() is None else "gone, but something holds its output open"
+            raise AssertionError(f"after {seconds:g} s: {state}; {self.processes()}; output {error.output!r}") from None
+        return self
+
+    @property
+    def code(self) -> int:
+        return self.process.returncode
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [r for r in records if r["stage"] == stage]
+
+    def processes(self) -> list[str]:
+        """Every process that inherited this run's environment, whoever its parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def assert_nothing_left(self, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert left == []
+
+    def assert_failed(self, code: int, message: str) -> None:
+        assert self.code == code, self.output
+        assert message in self.output
+        assert "Traceback" not in self.output
+        self.assert_nothing_left()
