@@ -27,6 +27,7 @@ line come last and win: `key.path=value`, where the value is YAML. `--print-conf
 default, `--dry-run` explains it. An unknown key, a wrong type or a contradiction stops the run with exit code 2 and one
 message.
 
+A file that begins with `base: default`, or `base: OTHER.yaml` with a file beside it, holds only what differs from that.
 What a file leaves out has the default below; the files in `configs/` and the embedded default set many of them.
 `null` means "not given". A list (`reward.components`) is replaced as a whole, never merged. What the batch sizes mean
 stands in [concepts.md](concepts.md#batch-sizes), what the keys of `algo` compute in [algorithms.md](algorithms.md).

@@ -27,6 +27,8 @@ from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.observability.trace import Span
 
+ObjectiveName = Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"]
+
 #: Tokens of the canary prompt.
 CANARY_LENGTH = 32
 
@@ -38,7 +40,7 @@ class LearnerSpec:
     role: str
     model_path: str
     head: Literal["policy", "scalar"]
-    objective: Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"] | None
+    objective: ObjectiveName | None
     """None: a frozen model, ZeRO-3 without an optimizer."""
     model: ModelConfig
     learner: LearnerConfig

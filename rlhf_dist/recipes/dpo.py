@@ -13,7 +13,7 @@ from __future__ import annotations
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
-from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.recipes import supervised
 from rlhf_dist.recipes.evaluate import compare
 from rlhf_dist.run import Run
 
@@ -27,23 +27,12 @@ def dpo(run: Run, model_path: str, sampled: ObjectRef | None = None) -> str:
     cfg = run.cfg.dpo
     table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", cfg.max_length, sampled)
     run.note_rows("comparisons", report)
-    learner = groups.learner(
-        run,
-        "dpo",
-        model_path,
-        head="policy",
-        objective="dpo",
-        placement=cfg.learner,
-        optim=cfg.optim,
-        micro_batch_tokens=cfg.micro_batch_tokens,
-        packing=cfg.packing,
-        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
-    )
-    run.start(dpo=learner)
+    rows = report["rows"]
+    learner = supervised.learner(run, "dpo", model_path, cfg, rows, head="policy", objective="dpo")
     table = learner.pair_logprobs(table)
-    last = supervised.train(run, "dpo", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="accuracy")
+    last = supervised.train(run, "dpo", learner, table, cfg, rows, show="accuracy")
     run.summary.set("dpo.loss", last["loss"])
-    run.summary.set("dpo.comparisons", report["rows"])
+    run.summary.set("dpo.comparisons", rows)
     learner.export(run.path("dpo"), run.tokenizer_dir)
     run.collect_spans()
     run.finish_stage()

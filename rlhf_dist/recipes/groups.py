@@ -7,7 +7,7 @@ from typing import Literal
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
 from rlhf_dist.actors.group import Group, Holder, Resources
-from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec
+from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec, ObjectiveName
 from rlhf_dist.actors.scorer import (
     Reference,
     ReferenceGroup,
@@ -46,7 +46,7 @@ def learner(
     model_path: str,
     *,
     head: Literal["policy", "scalar"],
-    objective: Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"] | None,
+    objective: ObjectiveName | None,
     placement: LearnerConfig,
     optim: OptimConfig | None,
     micro_batch_tokens: int,

@@ -118,15 +118,16 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
 def replace_groups_without_spread(
     run: Run, stream: RolloutStream, rollouts: RolloutBatch, experience: ExperienceGroup, scores: Columns
 ) -> None:
-    """Dynamic sampling (DAPO, 2503.14476): new prompts for groups whose scores are all equal and teach nothing."""
+    """Dynamic sampling (DAPO, 2503.14476): new prompts for groups whose scores are all equal and teach nothing.
+
+    What the rounds do not replace stays in the batch, with advantage 0.
+    """
     for _ in range(run.cfg.rollout.dynamic_sampling_rounds):
         equal = experience.without_spread(rollouts, scores)
         if not equal:
             return
         stream.replace(rollouts, equal)
         rollouts.wait(run.cfg.run.wait_limit)
-    left = len(experience.without_spread(rollouts, scores))
-    run.terminal.info(f"dynamic sampling: {left} groups without spread are left (rollout.dynamic_sampling_rounds)")
 
 
 class PretrainText:

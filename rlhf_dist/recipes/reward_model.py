@@ -14,7 +14,7 @@ from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.recipes import supervised
 from rlhf_dist.run import Run
 
 
@@ -30,21 +30,11 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
     run.note_rows(kind, report)
     test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
     run.note_rows("held-out comparisons", test_report)
-    learner = groups.learner(
-        run,
-        "reward_model",
-        cfg.path or model_path,
-        head="scalar",
-        objective=cfg.loss,
-        placement=cfg.learner,
-        optim=cfg.optim,
-        micro_batch_tokens=cfg.micro_batch_tokens,
-        packing=cfg.packing,
-        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
-    )
-    run.start(reward_model=learner)
-    supervised.train(run, "reward_model", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="accuracy")
-    run.summary.set(f"reward_model.{kind}", report["rows"])
+    rows = report["rows"]
+    start = cfg.path or model_path
+    learner = supervised.learner(run, "reward_model", start, cfg, rows, head="scalar", objective=cfg.loss)
+    supervised.train(run, "reward_model", learner, table, cfg, rows, show="accuracy")
+    run.summary.set(f"reward_model.{kind}", rows)
     report_accuracy(run, learner, test)
     learner.export(run.path("reward_model"), run.tokenizer_dir)
     run.collect_spans()

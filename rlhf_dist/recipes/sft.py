@@ -6,7 +6,7 @@ python -m rlhf_dist.main recipe=sft
 from __future__ import annotations
 
 from rlhf_dist.actors.data import load_table
-from rlhf_dist.recipes import groups, supervised
+from rlhf_dist.recipes import supervised
 from rlhf_dist.run import Run
 
 
@@ -15,22 +15,11 @@ def sft(run: Run, model_path: str) -> str:
     cfg = run.cfg.sft
     table, report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "train")
     run.note_rows("demonstrations", report)
-    learner = groups.learner(
-        run,
-        "sft",
-        model_path,
-        head="policy",
-        objective="sft",
-        placement=cfg.learner,
-        optim=cfg.optim,
-        micro_batch_tokens=cfg.micro_batch_tokens,
-        packing=cfg.packing,
-        total_steps=supervised.total_steps(report["rows"], cfg.batch_size, cfg.epochs),
-    )
-    run.start(sft=learner)
-    last = supervised.train(run, "sft", learner, table, report["rows"], cfg.batch_size, cfg.epochs, show="lr")
+    rows = report["rows"]
+    learner = supervised.learner(run, "sft", model_path, cfg, rows, head="policy", objective="sft")
+    last = supervised.train(run, "sft", learner, table, cfg, rows, show="lr")
     run.summary.set("sft.loss", last["loss"])
-    run.summary.set("sft.demonstrations", report["rows"])
+    run.summary.set("sft.demonstrations", rows)
     learner.export(run.path("sft"), run.tokenizer_dir)
     run.collect_spans()
     run.finish_stage()

@@ -1,0 +1,75 @@
+"""What training starts from: the model, the tokenizer, the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from rlhf_dist.config.base import Dtype, Fraction, Section
+
+
+class ModelConfig(Section):
+    """The policy that training starts from."""
+
+    path: str | None = None
+    """Folder or hub name of a Hugging Face model. Empty: build one from ``architecture``, randomly initialised."""
+    architecture: dict[str, Any] = {}
+    """Keys of the Hugging Face config to build from, with ``model_type``. Vocabulary, special tokens are filled in."""
+    tokenizer: str | None = None
+    """Folder or hub name; ``model.path`` if not given; else trained on the data (see ``tokenizer_vocab_size``)."""
+    tokenizer_vocab_size: PositiveInt = 2048
+    """Size of the byte-level BPE that is trained on ``data`` when there is no tokenizer."""
+    dtype: Dtype = "float32"
+    """Type of weights and activations in every process. Optimizer and gradients stay in float32."""
+    attention: str = "sdpa"
+    """``attn_implementation`` of transformers: sdpa, eager, flash_attention_2."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Allow code from the model's repository to run. Off unless you read that code."""
+
+
+class DataConfig(Section):
+    """Where prompts, demonstrations and comparisons come from."""
+
+    format: Literal["world", "hh", "messages", "preferences", "prompts", "gsm8k"] = "world"
+    """world: the embedded miniature world. hh: `chosen`/`rejected` transcripts. messages: chat JSONL.
+    preferences: `prompt`/`chosen`/`rejected`. prompts: one `prompt` a row. gsm8k: `question`/`answer`."""
+    dir: str | None = None
+    """Folder of the files below; or ``hub:NAME[:SUBSET]``: the splits train and test of a hub dataset are read then."""
+    train: str | None = None
+    """Training file inside ``dir`` (.jsonl, .jsonl.gz, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
+    test: str | None = None
+    """Held-out file, same forms. Its prompts are never trained on."""
+    pretrain: str | None = None
+    """Text for ``algo.ptx_coef``, same forms: one text a line, or rows with ``text``. Default: the demonstrations."""
+    chat_template: str | None = None
+    """Jinja template; by default the tokenizer's own, or the plain `Human:`/`Assistant:` form of HH."""
+    on_bad_row: Literal["skip", "fail"] = "skip"
+    """A faulty row is skipped, counted and reported with file and line, or stops the run."""
+    max_rows: PositiveInt | None = None
+    """Read at most so many rows of each file."""
+    shuffle: bool = True
+    """Shuffle prompts anew in every epoch, from ``seed``."""
+    world: WorldConfig = Field(default_factory=lambda: WorldConfig())
+    """Sizes of the embedded world; used by ``format: world`` only."""
+
+
+class WorldConfig(Section):
+    """The embedded miniature assistant world."""
+
+    demonstrations: PositiveInt = 24000
+    """Imperfect demonstrations for SFT."""
+    comparisons: PositiveInt = 16000
+    """Preference pairs for the reward model."""
+    prompts: PositiveInt = 4096
+    """Training prompts for PPO."""
+    test_prompts: PositiveInt = 512
+    """Held-out prompts, with arguments that never occur in training."""
+    label_noise: Fraction = 0.1
+    """Share of preference labels that are flipped."""
+    sampled_pairs: Fraction = 0.5
+    """Share of the pairs whose responses are sampled from the SFT policy; the rest come from demonstrations."""
+    ranked_responses: Annotated[int, Field(ge=2)] = 4
+    """K of ``reward_model.loss: kwise``; ``comparisons`` counts the pairs, K(K-1)/2 for each ranking."""
