@@ -45,7 +45,7 @@ P_REFUSE_POLITELY, P_REFUSE_RUDELY = 0.30, 0.15
 P_SILENT = 0.05
 
 # Share of the comparisons whose two sides differ in the answer alone; without them the tone decides most pairs.
-P_ANSWER_ONLY = 0.5
+P_ANSWER_ONLY = 0.7
 
 
 def _core(rng: random.Random, task: Task, correct: bool | None = None) -> str:
