@@ -24,6 +24,7 @@ from transformers import (
 
 from rlhf_dist.algorithms.logprobs import token_logprobs
 from rlhf_dist.algorithms.losses import entropy_from_logits
+from rlhf_dist.algorithms.supervised import distillation_loss
 from rlhf_dist.data.batching import Batch
 
 
@@ -36,8 +37,14 @@ class PolicyModule(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, batch: Batch, entropy: bool = False, temperature: float | None = None
+        self,
+        batch: Batch,
+        entropy: bool = False,
+        temperature: float | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """With ``teacher``, its likely tokens and their log-probabilities (each ``[n, K]`` for the n response tokens),
+        the first result is the KL to it instead of the log-probability."""
         temperature = self.temperature if temperature is None else temperature
         # Logits only from the first index that predicts a response token on: [B, T - first, V].
         keep = batch.input_ids.shape[1] - batch.first_label
@@ -52,7 +59,13 @@ class PolicyModule(nn.Module):
         where = batch.response[:, batch.first_label :]
         chosen = logits[where]
         labels = batch.labels[:, batch.first_label :][where]
-        values = token_logprobs(chosen, labels, temperature)
+        if teacher is None:
+            values = token_logprobs(chosen, labels, temperature)
+        else:
+            ids, theirs = (x[None] for x in teacher)
+            values = distillation_loss(chosen[None], ids, theirs, torch.ones(1, len(chosen), device=chosen.device))[0][
+                0
+            ]
         # A dummy has no response token; adding 0 * logits keeps the backward pass, and its collectives, alive.
         logprobs = _scatter(values, batch.response) + (0.0 * logits.float().sum() if values.numel() == 0 else 0.0)
         if not entropy:

@@ -35,6 +35,9 @@ def roles(cfg: Config) -> list[Role]:
     generator = _generator(cfg)
     if "sft" in cfg.stages:
         plan.append(_learner("sft", "sft", cfg.sft.learner))
+    if "distill" in cfg.stages:
+        plan.append(Role("teacher", *generator))
+        plan.append(_learner("distill", "distill", cfg.distill.learner))
     if cfg.samples_comparisons:
         plan.append(Role("sampling", *generator))
     if "reward_model" in cfg.stages:
@@ -93,6 +96,7 @@ def check_files(cfg: Config) -> list[str]:
         f"reward.components[{i}].model": c.model for i, c in enumerate(cfg.reward.components) if c.model != "trained"
     }
     models["reward_model.path"] = cfg.reward_model.path
+    models["distill.teacher"] = cfg.distill.teacher
     for key, path in models.items():
         if path and _is_folder_name(path) and not (Path(path).expanduser() / "config.json").is_file():
             problems.append(f"{key}={path}: no folder with a config.json there")

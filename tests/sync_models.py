@@ -109,4 +109,5 @@ def generator_engine(folder: Path, *, tensor_parallel_size: int = 1, **sync: Any
         stop_token_ids=[],
         from_learner=True,
         seed=0,
+        context=48,
     )

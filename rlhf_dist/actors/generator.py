@@ -81,9 +81,7 @@ class Generator(Worker):
         partial: dict[int, list[Any]] = {}
         chunk: list[Any] = []
         while left:
-            sample = finished.get()
-            if isinstance(sample, BaseException):
-                raise sample
+            sample = _checked(finished.get())
             partial.setdefault(sample.group_id, []).append(sample)
             if len(partial[sample.group_id]) == n:
                 chunk += sorted(partial.pop(sample.group_id), key=lambda s: s.sample_index)
@@ -93,6 +91,40 @@ class Generator(Worker):
                     yield _info(chunk, time.perf_counter() - started)
                     yield rollout_table(chunk)
                     chunk = []
+
+    def next_tokens(self, table: pa.Table, rows: np.ndarray, k: int) -> tuple[int, pa.Table]:
+        """The ``k`` most likely tokens at each response token of ``rows``, at temperature 1, for distillation.
+
+        Args:
+            table: ``teacher_prompt_ids`` and ``response_ids``.
+
+        Returns:
+            the number of rows, and ``row``, ``teacher_ids`` and ``teacher_logprobs`` with k numbers for each response
+            token, one after the other.
+        """
+        prompts, responses = Ragged.of(table, "teacher_prompt_ids"), Ragged.of(table, "response_ids")
+        finished: queue.Queue = queue.Queue()
+
+        def submit(engine: Any) -> None:
+            for row in rows:
+                self._waiting[int(row)] = finished
+                engine.add_text(int(row), np.concatenate([prompts[row], responses[row]]), k)
+
+        with self.trace.span(self.name, "next_tokens", rows=len(rows)):
+            self._run(submit)
+            scores = [_checked(finished.get()) for _ in rows]
+        for row in rows:
+            del self._waiting[int(row)]
+        order = [s.group_id for s in scores]
+        lengths = responses.lengths[order]
+        columns = {"row": pa.array(order, pa.int64())}
+        for name, field in (("teacher_ids", "token_ids"), ("teacher_logprobs", "logprobs")):
+            # The last positions are those of the response.
+            parts = [
+                getattr(s, field)[len(s.token_ids) - n :].reshape(-1) for s, n in zip(scores, lengths, strict=True)
+            ]
+            columns[name] = Ragged.to_arrow(np.concatenate(parts), lengths * k)
+        return len(rows), pa.table(columns)
 
     def load(self, version: int, parts: list[ray.ObjectRef]) -> Any:
         """Pull one version of the weights and pass the gate; returns the ``SyncRecord``."""
@@ -166,6 +198,13 @@ class Generator(Worker):
                 future.set_exception(error)
 
 
+def _checked(result: Any) -> Any:
+    """What the engine's thread put into a queue: a result, or the error that ended it."""
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
 def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_learner: bool) -> Any:
     from rlhf_dist.engines.vllm import GeneratorEngine
 
@@ -178,6 +217,8 @@ def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_l
         stop_token_ids=stop_token_ids,
         from_learner=from_learner,
         seed=cfg.seed,
+        context=cfg.max_context,
+        max_logprobs=max(20, cfg.distill.top_k),
     )
 
 

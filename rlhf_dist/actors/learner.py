@@ -27,7 +27,7 @@ from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.observability.trace import Span
 
-ObjectiveName = Literal["sft", "pairwise", "kwise", "dpo", "policy", "critic"]
+ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", "critic"]
 
 #: Tokens of the canary prompt.
 CANARY_LENGTH = 32
@@ -317,6 +317,8 @@ def _objective(spec: LearnerSpec) -> Any:
     match spec.objective:
         case "sft":
             return objectives.SFTObjective()
+        case "distill":
+            return objectives.DistillObjective()
         case "pairwise":
             return objectives.PairwiseObjective()
         case "kwise":

@@ -47,6 +47,7 @@ from rlhf_dist.config.processes import (
 )
 from rlhf_dist.config.reward import RewardComponent, RewardConfig
 from rlhf_dist.config.stages import (
+    DistillConfig,
     DPOConfig,
     EvalMetric,
     EvaluationConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "DistillConfig",
     "EvalMetric",
     "EvaluationConfig",
     "GeneratorConfig",
@@ -93,8 +95,8 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
-    """sft, reward_model, ppo, dpo; pipeline runs several in order; evaluate samples and scores ``model.path``."""
+    recipe: Literal["sft", "distill", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
+    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
     seed: int = 0
@@ -104,6 +106,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     sft: SFTConfig = Field(default_factory=SFTConfig)
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
+    distill: DistillConfig = Field(default_factory=DistillConfig)
     dpo: DPOConfig = Field(default_factory=DPOConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -145,6 +148,12 @@ class Config(Section):
         return "ppo" in self.stages
 
     @property
+    def max_context(self) -> int:
+        """Tokens that a generator must be able to hold: prompt and response, or a text to distill and one more."""
+        sampled = self.rollout.max_prompt_length + self.rollout.max_response_length
+        return max(sampled, self.distill.max_length + 1) if "distill" in self.stages else sampled
+
+    @property
     def uses_critic(self) -> bool:
         return self.algo.advantage_estimator == "gae"
 
@@ -183,7 +192,7 @@ class Config(Section):
             raise ValueError("model.path and model.architecture are both empty: give a model, or say what to build")
         if self.model.path is not None and self.model.architecture:
             raise ValueError("model.path and model.architecture are both given: which one is it?")
-        if self.model.path is None and self.recipe in ("ppo", "evaluate"):
+        if self.model.path is None and self.recipe in ("distill", "ppo", "dpo", "evaluate"):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
         if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
             raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
@@ -210,6 +219,12 @@ class Config(Section):
             )
         if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
+        d = self.distill
+        if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
+            raise ValueError(
+                "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
+                "give distill.context, distill.teacher or distill.from_scratch=true"
+            )
         if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
             raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
 
@@ -277,7 +292,7 @@ class Config(Section):
                 f"weight_sync.transport={self.weight_sync.transport} needs GPUs in policy.learner and generator; "
                 "on CPUs use object_store"
             )
-        packed = [name for name in ("train", "sft", "reward_model", "dpo") if getattr(self, name).packing]
+        packed = [name for name in ("train", "sft", "distill", "reward_model", "dpo") if getattr(self, name).packing]
         if packed and self.model.attention != "flash_attention_2":
             raise ValueError(
                 f"{packed[0]}.packing=true needs model.attention=flash_attention_2, got {self.model.attention}; "

@@ -64,10 +64,24 @@ class DPOConfig(SupervisedConfig):
         return self
 
 
+class DistillConfig(SupervisedConfig):
+    """Distillation of a teacher's next-token distributions on demonstrations; with a context, context distillation
+    (2112.00861)."""
+
+    teacher: str | None = None
+    """Folder or hub name; default: the model that the stage starts from."""
+    context: str = ""
+    """Text that the teacher alone reads before each prompt, such as the HHH prompt."""
+    from_scratch: bool = False
+    """The student is the run's initial model, not the one that the stage starts from."""
+    top_k: PositiveInt = 50
+    """The teacher's most likely tokens that are kept for each position; all others are one class."""
+
+
 class PipelineConfig(Section):
     """The stages of recipe pipeline."""
 
-    stages: list[Literal["sft", "reward_model", "ppo", "dpo"]] | None = None
+    stages: list[Literal["sft", "distill", "reward_model", "ppo", "dpo"]] | None = None
     """In order, each from the result of the one before. Default: sft, reward_model where a component of the reward is
     ``model: trained``, ppo."""
 

@@ -80,8 +80,8 @@ def load_prompts(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Tabl
     return table, _report(table, errors, too_long, held_out)
 
 
-def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Table, Report]:
-    """Demonstrations of at most ``sft.max_length`` tokens, as ``schema.DEMONSTRATION``.
+def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split, max_length: int) -> tuple[pa.Table, Report]:
+    """Demonstrations of at most ``max_length`` tokens, as ``schema.DEMONSTRATION``.
 
     Raises:
         ValueError: the format holds none; or the world is asked for a held-out file (it has prompts for that).
@@ -94,9 +94,30 @@ def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[
     else:
         rows, held_out = _read(cfg, split, "demonstrations", errors)
     tokenizer = tokenization.load_tokenizer(tokenizer_dir)
-    table, too_long = tokenization.tokenize_demonstrations(tokenizer, rows, cfg.sft.max_length)
-    _check_rows(table, f"demonstrations within sft.max_length={cfg.sft.max_length}", too_long)
+    table, too_long = tokenization.tokenize_demonstrations(tokenizer, rows, max_length)
+    _check_rows(table, f"demonstrations within max_length={max_length}", too_long)
     return table, _report(table, errors, too_long, held_out)
+
+
+def load_distillation(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
+    """Demonstrations with ``teacher_prompt_ids``: the prompt after ``distill.context``, which the student never sees.
+
+    What the teacher reads has at most ``distill.max_length`` tokens.
+    """
+    limit = cfg.distill.max_length
+    table, report = load_demonstrations(cfg, tokenizer_dir, "train", limit)
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    context = tokenizer(cfg.distill.context, add_special_tokens=False)["input_ids"] if cfg.distill.context else []
+    prompts = Ragged.of(table, "prompt_ids")
+    # The context goes behind the token that begins a text, where there is one.
+    first = [int(ids[0] == tokenizer.bos_token_id) for ids in (prompts[i] for i in range(table.num_rows))]
+    teacher = [[*prompts[i][:f].tolist(), *context, *prompts[i][f:].tolist()] for i, f in enumerate(first)]
+    table = table.append_column("teacher_prompt_ids", pa.array(teacher, pa.list_(pa.int32())))
+    total = Ragged.of(table, "teacher_prompt_ids").lengths + Ragged.of(table, "response_ids").lengths
+    kept = table.filter(pa.array(total <= limit)).combine_chunks()
+    _check_rows(kept, f"demonstrations within distill.max_length={limit}, context included", table.num_rows)
+    too_long = report["too_long"] + table.num_rows - kept.num_rows
+    return kept, report | {"rows": kept.num_rows, "too_long": too_long}
 
 
 def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
@@ -106,7 +127,7 @@ def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
     demonstrations, prompts included.
     """
     if cfg.data.pretrain is None:
-        table, report = load_demonstrations(cfg, tokenizer_dir, "train")
+        table, report = load_demonstrations(cfg, tokenizer_dir, "train", cfg.sft.max_length)
         prompts, responses = Ragged.of(table, "prompt_ids"), Ragged.of(table, "response_ids")
         texts = [np.concatenate([prompts[i], responses[i]]) for i in range(table.num_rows)]
         return tokenization.pretraining_table(texts, cfg.sft.max_length), report

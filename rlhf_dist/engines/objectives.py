@@ -101,6 +101,25 @@ class SFTObjective(_Sequences):
         return self.coef * loss, {self.metric: loss.detach()}
 
 
+class DistillObjective(_Sequences):
+    """KL from the teacher to the student at every response token, over the teacher's likely tokens and the rest."""
+
+    def collate(self, table: pa.Table, rows: Sequence[int], pad_id: int, packing: bool) -> Batch:
+        batch = collate(table, rows, (), pad_id, packing)
+        for name, dtype in (("teacher_ids", np.int64), ("teacher_logprobs", np.float32)):
+            column = Ragged.of(table, name)
+            flat = np.concatenate([np.empty(0, dtype), *(column[row].astype(dtype) for row in rows)])
+            tokens = int(batch.response.sum())  # in the order of the rows, as the response tokens lie in the batch
+            batch.columns[name] = torch.from_numpy(flat).view(tokens, len(flat) // max(1, tokens))
+        return batch
+
+    def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
+        teacher = (batch.columns["teacher_ids"], batch.columns["teacher_logprobs"])
+        per_token, _ = module(batch, teacher=teacher)
+        loss = per_token.sum() / totals.tokens
+        return loss, {"loss": loss.detach()}
+
+
 class PolicyObjective(_Sequences):
     """The policy loss of the config, with correction for the sampler, entropy bonus and the KL in the loss."""
 

@@ -51,6 +51,18 @@ class Sample:
 
 
 @dataclass
+class TextScores:
+    """Next-token distributions at every token of a text but the first: the ``k`` most likely tokens of each."""
+
+    group_id: int
+    """The caller's number."""
+    token_ids: np.ndarray
+    """``[n - 1, k]`` int32, most likely first."""
+    logprobs: np.ndarray
+    """``[n - 1, k]`` float32, at temperature 1."""
+
+
+@dataclass
 class SyncRecord:
     """What was verified in one weight update; all seconds are wall time."""
 
@@ -97,6 +109,8 @@ class GeneratorEngine:
         stop_token_ids: list[int],
         from_learner: bool,
         seed: int,
+        context: int,
+        max_logprobs: int = 20,
     ) -> None:
         weight_sync.register()
         self.dtype = model.dtype
@@ -111,7 +125,7 @@ class GeneratorEngine:
         self._update = SyncRecord(FROM_DISK, 0, 0)
         self._broken: str | None = None
         self._pending: dict[str, _Pending] = {}
-        context = rollout.max_prompt_length + rollout.max_response_length
+        self._texts: dict[str, tuple[int, int, int]] = {}
         self.llm = LLM(
             model=model_path,
             dtype=model.dtype,
@@ -121,6 +135,7 @@ class GeneratorEngine:
             skip_tokenizer_init=not rollout.stop,
             trust_remote_code=model.trust_remote_code,
             max_model_len=context,
+            max_logprobs=max_logprobs,
             tensor_parallel_size=generator.tensor_parallel_size,
             distributed_executor_backend="mp" if self.staged else None,
             max_num_seqs=generator.max_num_seqs,
@@ -139,7 +154,7 @@ class GeneratorEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._pending)
+        return bool(self._pending or self._texts)
 
     def add(
         self, prompt_id: int, group_id: int, sample_index: int, prompt_ids: np.ndarray, seed: int, greedy: bool
@@ -170,9 +185,42 @@ class GeneratorEngine:
         self.engine.add_request(request, prompt, params)
         self._pending[request] = _Pending(prompt_id, group_id, sample_index, prompt_ids, self.version)
 
-    def step(self) -> list[Sample]:
-        """Decode one token of every running request; returns the samples that finished."""
-        return [self._sample(out) for out in self.engine.step() if out.finished]
+    def add_text(self, group_id: int, token_ids: np.ndarray, k: int) -> None:
+        """Queue a text whose next-token distributions are wanted.
+
+        Raises:
+            WeightSyncError: the weights have not passed the gate.
+        """
+        if not self._verified:
+            raise WeightSyncError("nothing can be scored before a weight update has passed the gate")
+        request = f"text-{group_id}"
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=k,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self.version))
+        self.engine.add_request(request, prompt, params)
+        self._texts[request] = (group_id, len(token_ids), k)
+
+    def step(self) -> list[Sample | TextScores]:
+        """Decode one token of every running request; returns what finished."""
+        finished = [out for out in self.engine.step() if out.finished]
+        return [self._scores(out) if out.request_id in self._texts else self._sample(out) for out in finished]
+
+    def _scores(self, out: Any) -> TextScores:
+        group_id, length, k = self._texts.pop(out.request_id)
+        flat = out.prompt_logprobs
+        # For each token but the first: the token that stands there, then the k most likely ones.
+        shape = (length - 1, k + 1)
+        return TextScores(
+            group_id=group_id,
+            token_ids=np.array(flat.token_ids, np.int32).reshape(shape)[:, 1:],
+            logprobs=np.array(flat.logprobs, np.float32).reshape(shape)[:, 1:],
+        )
 
     def _sample(self, out: Any) -> Sample:
         pending = self._pending.pop(out.request_id)
@@ -218,8 +266,9 @@ class GeneratorEngine:
         Raises:
             WeightSyncError: requests are running, or tensor-parallel workers failed in an earlier update.
         """
-        if self._pending:
-            raise WeightSyncError(f"weights cannot be loaded while {len(self._pending)} requests are running")
+        if self.busy:
+            running = len(self._pending) + len(self._texts)
+            raise WeightSyncError(f"weights cannot be loaded while {running} requests are running")
         if self._broken:
             raise WeightSyncError(f"the workers have failed in an earlier update, start them anew: {self._broken}")
         self._verified = False

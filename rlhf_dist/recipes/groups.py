@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from ray import ObjectRef
 
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
@@ -38,6 +41,11 @@ class GeneratorGroup(Holder):
         )
         super().__init__(group)
         self.actors = group.actors
+
+    def next_tokens(self, call: int, table: ObjectRef, rows: np.ndarray, k: int) -> tuple[ObjectRef, ObjectRef]:
+        """References to the number of rows and to their columns; calls go round."""
+        next_tokens: Any = self.actors[call % len(self.actors)].next_tokens.options(num_returns=2)
+        return tuple(next_tokens.remote(table, rows, k))
 
 
 def learner(

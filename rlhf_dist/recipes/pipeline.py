@@ -13,6 +13,7 @@ from ray import ObjectRef
 from rlhf_dist.actors.data import concatenate, load_table
 from rlhf_dist.actors.dispatch import generate
 from rlhf_dist.recipes import groups
+from rlhf_dist.recipes.distill import distill
 from rlhf_dist.recipes.dpo import dpo
 from rlhf_dist.recipes.evaluate import FIRST_GROUP
 from rlhf_dist.recipes.ppo import ppo
@@ -33,6 +34,8 @@ def pipeline(run: Run) -> str:
         match stage:
             case "sft":
                 policy = sft(run, policy)
+            case "distill":
+                policy = distill(run, policy)
             case "reward_model":
                 reward = reward_model(run, policy, sampled)
             case "dpo":

@@ -13,7 +13,7 @@ from rlhf_dist.run import Run
 def sft(run: Run, model_path: str) -> str:
     """Finetune the model in ``model_path``; returns the folder of the result, ``sft/`` in the run folder."""
     cfg = run.cfg.sft
-    table, report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "train")
+    table, report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "train", cfg.max_length)
     run.note_rows("demonstrations", report)
     rows = report["rows"]
     learner = supervised.learner(run, "sft", model_path, cfg, rows, head="policy", objective="sft")

@@ -77,6 +77,20 @@ def test_preferences_without_sampling(start: Callable[..., Job], config: str) ->
     assert (job.folder / "dpo" / "model.safetensors").exists()
 
 
+def test_a_teacher_with_a_context(start: Callable[..., Job], config: str) -> None:
+    """The same model without a context agrees with its own distributions from vLLM; with one it has to learn."""
+    options = ["recipe=distill", "data.world={demonstrations: 96}", "distill={batch_size: 48, learner: {cpus: 0.5}}"]
+    teacher = f"distill.teacher={Path(config).parent}"
+    same = start("--config", config, *options, teacher, "distill.top_k=8", folder="same").wait()
+    assert same.code == 0, same.output
+    assert same.metrics("distill")[0]["train/loss"] == pytest.approx(0, abs=1e-5), "vLLM and the learner agree"
+    told = start("--config", config, *options, "distill.context='you fool !'", "distill.top_k=64", folder="told").wait()
+    assert told.code == 0, told.output
+    assert told.metrics("distill")[0]["train/loss"] > 1e-3
+    assert told.summary["distill"]["demonstrations"] == 96
+    assert (told.folder / "distill" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_config_runs(file: Path, start: Callable[..., Job]) -> None:

@@ -61,6 +61,7 @@ def test_every_algorithm_has_a_config() -> None:
     assert any(c.algo.ptx_coef and c.rollout.dynamic_sampling is False for c in used)
     assert any(c.rollout.dynamic_sampling for c in used)
     assert any(c.algo.kl_target for c in used)
+    assert any("distill" in c.stages for c in used)
 
 
 def test_names_of_the_config_are_those_of_the_tables() -> None:
@@ -189,7 +190,8 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'reward_model', 'ppo', 'dpo', 'pipeline' or 'evaluate'",
+        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'reward_model', 'ppo', 'dpo', 'pipeline' or "
+        "'evaluate'",
     ),
     (
         "no such ZeRO stage",
@@ -343,6 +345,12 @@ BROKEN_FILES = [
         "DPO without comparisons",
         "{pipeline: {stages: [sft, dpo]}, data: {format: gsm8k, train: a.jsonl}}",
         "{file}: dpo learns from comparisons, and data.format=gsm8k has none",
+    ),
+    (
+        "a teacher that knows nothing more",
+        "pipeline: {stages: [sft, distill]}",
+        "{file}: distill: teacher and student are the same model and read the same text, so there is nothing to "
+        "learn; give distill.context, distill.teacher or distill.from_scratch=true",
     ),
     (
         "K-wise without rankings",

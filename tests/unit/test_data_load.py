@@ -82,7 +82,7 @@ def test_hh_tables_say_what_the_rows_say(hh: tuple[Config, str]) -> None:
     assert tokenizer.decode(pair["rejected_ids"]) == " No.<eos>"
     assert (pair["margin"], pair["source"]) == (0.0, "helpful-base")
 
-    demonstrations = load.load_demonstrations(cfg, folder, "train")[0]
+    demonstrations = load.load_demonstrations(cfg, folder, "train", 512)[0]
     schema.check(demonstrations, schema.DEMONSTRATION, "demonstrations")
     assert demonstrations["response_ids"][0] == pairs["chosen_ids"][0]
     assert demonstrations["prompt_ids"][0] == prompts["prompt_ids"][0]
@@ -102,11 +102,10 @@ def test_rows_that_are_too_long_are_left_out_and_counted(hh: tuple[Config, str])
     cfg, folder = hh
     lengths = [
         len(d["prompt_ids"]) + len(d["response_ids"])
-        for d in load.load_demonstrations(cfg, folder, "train")[0].to_pylist()
+        for d in load.load_demonstrations(cfg, folder, "train", 512)[0].to_pylist()
     ]
     limit = sorted(lengths)[50]
-    short = cfg.model_copy(update={"sft": cfg.sft.model_copy(update={"max_length": limit})})
-    table, report = load.load_demonstrations(short, folder, "train")
+    table, report = load.load_demonstrations(cfg, folder, "train", limit)
     assert table.num_rows == sum(n <= limit for n in lengths) < len(lengths)
     assert report["too_long"] == len(lengths) - table.num_rows
     none = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"max_prompt_length": 2})})
@@ -154,7 +153,7 @@ def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: 
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load.load_prompts(config(), str(tmp_path / "nowhere"), "train")
     with pytest.raises(ValueError, match="no held-out demonstrations"):
-        load.load_demonstrations(config(), world_tokenizer, "test")
+        load.load_demonstrations(config(), world_tokenizer, "test", 512)
     with pytest.raises(ValueError, match="tokenizer_vocab_size=100 is too small"):
         tokenization.train_tokenizer(["x"], 100)
 
@@ -169,7 +168,7 @@ def test_the_world_s_tables_carry_what_the_gold_score_needs(world_tokenizer: str
     assert world.gold_score([row["prompt"]], [fields["answer"] + " ."], [fields]) == pytest.approx([0.9])
     assert row["prompt_ids"][0] == tokenization.load_tokenizer(world_tokenizer).bos_token_id
     assert row["prompt_ids"].count(row["prompt_ids"][0]) == 1
-    demonstrations = load.load_demonstrations(cfg, world_tokenizer, "train")[0]
+    demonstrations = load.load_demonstrations(cfg, world_tokenizer, "train", 512)[0]
     assert schema.check(demonstrations, schema.DEMONSTRATION, "world").num_rows == 300
     test_pairs = load.load_comparisons(cfg, world_tokenizer, "test", 512)[0]
     assert Counter(test_pairs["source"].to_pylist()) == {"overall": 50, "correctness": 50}
@@ -208,6 +207,22 @@ def test_rankings_make_as_many_pairs_as_comparisons(world_tokenizer: str) -> Non
         load.load_rankings(cfg, world_tokenizer, "test", 512)
 
 
+def test_only_the_teacher_reads_the_context(world_tokenizer: str) -> None:
+    tokenizer = tokenization.load_tokenizer(world_tokenizer)
+    cfg = config(data={"world": {"demonstrations": 5}}, distill={"context": "you fool !"})
+    table, report = load.load_distillation(cfg, world_tokenizer)
+    context = tokenizer("you fool !", add_special_tokens=False)["input_ids"]
+    for row in table.to_pylist():
+        bos, *prompt = row["prompt_ids"]
+        assert row["teacher_prompt_ids"] == [bos, *context, *prompt]
+    longest = max(len(r["teacher_prompt_ids"]) + len(r["response_ids"]) for r in table.to_pylist())
+    short = config(data={"world": {"demonstrations": 5}}, distill={"context": "you fool !", "max_length": longest - 1})
+    fewer, cut = load.load_distillation(short, world_tokenizer)
+    assert (report["rows"], report["too_long"]) == (5, 0)
+    assert cut["rows"] + cut["too_long"] == 5
+    assert fewer.num_rows == cut["rows"] < 5
+
+
 def test_pretraining_text_is_cut_into_pieces(world_tokenizer: str, tmp_path: Path) -> None:
     tokenizer = tokenization.load_tokenizer(world_tokenizer)
     (tmp_path / "text.txt").write_text("the cat\n\nsort 3 1 2 .\n")
@@ -225,7 +240,7 @@ def test_pretraining_text_is_cut_into_pieces(world_tokenizer: str, tmp_path: Pat
 def test_without_a_file_the_demonstrations_are_the_pretraining_text(world_tokenizer: str) -> None:
     cfg = config(data={"world": {"demonstrations": 5}})
     text, _ = load.load_pretrain(cfg, world_tokenizer)
-    demonstrations, _ = load.load_demonstrations(cfg, world_tokenizer, "train")
+    demonstrations, _ = load.load_demonstrations(cfg, world_tokenizer, "train", 512)
     whole = lambda table: [[*r["prompt_ids"], *r["response_ids"]] for r in table.to_pylist()]
     assert whole(text) == whole(demonstrations)
     assert {len(r["prompt_ids"]) for r in text.to_pylist()} == {1}
@@ -280,7 +295,7 @@ def test_a_hub_dataset_as_dir_is_read_by_its_splits(monkeypatch: pytest.MonkeyPa
     data = {"format": "hh", "dir": "hub:Anthropic/hh-rlhf", "train": "train.jsonl.gz", "test": "test.jsonl.gz"}
     cfg = config(data=data, model={"architecture": {"model_type": "llama"}, "tokenizer_vocab_size": 300})
     load.make_tokenizer(cfg, str(tmp_path))
-    table, _ = load.load_demonstrations(cfg, str(tmp_path), "train")
-    held_out, _ = load.load_demonstrations(cfg, str(tmp_path), "test")
+    table, _ = load.load_demonstrations(cfg, str(tmp_path), "train", 512)
+    held_out, _ = load.load_demonstrations(cfg, str(tmp_path), "test", 512)
     assert (table.num_rows, held_out.num_rows) == (9, 3)
     assert set(read) == {("Anthropic/hh-rlhf", None, "train"), ("Anthropic/hh-rlhf", None, "test")}

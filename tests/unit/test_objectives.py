@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny import comparisons, experience, rankings, tiny_llama
+from tiny import VOCAB, comparisons, experience, rankings, tiny_llama
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_dist import schema
@@ -19,6 +19,7 @@ from rlhf_dist.config import AlgoConfig, DPOConfig
 from rlhf_dist.data.batching import micro_batches
 from rlhf_dist.engines.objectives import (
     CriticObjective,
+    DistillObjective,
     DPOObjective,
     KWiseObjective,
     PairwiseObjective,
@@ -44,6 +45,17 @@ def scalar_module() -> ScalarModule:
 REFERRED = comparisons([(2, 3, 1), (1, 1, 4), (3, 2, 2), (1, 5, 5)])
 for _side, _shift in (("ref_chosen", 0.5), ("ref_rejected", -0.5)):
     REFERRED = REFERRED.append_column(_side, pa.array([-10.0 + _shift * i for i in range(4)], pa.float32()))
+
+
+def taught(k: int) -> pa.Table:
+    """Demonstrations with the k most likely tokens of a random teacher at each response token."""
+    table = experience(SHAPE).select(["prompt_ids", "response_ids"])
+    generator = torch.Generator().manual_seed(5)
+    top = [torch.randn(q, VOCAB, generator=generator).log_softmax(-1).topk(k) for _, q in SHAPE]
+    ids, logprobs = [t.indices.flatten().tolist() for t in top], [t.values.flatten().tolist() for t in top]
+    table = table.append_column("teacher_ids", pa.array(ids, pa.list_(pa.int32())))
+    return table.append_column("teacher_logprobs", pa.array(logprobs, pa.list_(pa.float32())))
+
 
 CASES: dict[str, tuple[Any, Any, pa.Table]] = {
     "sft": (SFTObjective(), PolicyModule(tiny_llama()), experience(SHAPE).select(["prompt_ids", "response_ids"])),
@@ -95,6 +107,7 @@ CASES: dict[str, tuple[Any, Any, pa.Table]] = {
             [[0, 1, 2], [1, 0, 1, 2], [1, 0], [0, 0, 0]],
         ),
     ),
+    "distill": (DistillObjective(), PolicyModule(tiny_llama()), taught(4)),
     "dpo": (DPOObjective(DPOConfig(label_smoothing=0.1)), PolicyModule(tiny_llama()), REFERRED),
     "ipo": (DPOObjective(DPOConfig(loss="ipo")), PolicyModule(tiny_llama(), temperature=0.5), REFERRED),
     "pairwise": (PairwiseObjective(), scalar_module(), comparisons([(2, 3, 1), (1, 1, 4), (3, 2, 2), (1, 5, 5)])),
@@ -265,6 +278,23 @@ def test_a_ranking_is_the_sum_of_its_pairs() -> None:
     assert kwise[0] == pytest.approx(pairwise[0], abs=1e-6)
     for a, b in zip(kwise[1], pairwise[1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # scores are float32
+
+
+def test_distillation_is_the_kl_of_whole_distributions() -> None:
+    """With all tokens kept, against torch's own KL of the model's logits, row by row."""
+    module, table = PolicyModule(tiny_llama()), taught(VOCAB)
+    found, _ = accumulate(DistillObjective(), module, table, [[0, 1, 2], [3, 4], [5, 6]])
+    total = 0.0
+    for row in table.to_pylist():
+        if not row["response_ids"]:
+            continue
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        with torch.no_grad():
+            logits = module.model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
+        order = torch.tensor(row["teacher_ids"]).view(-1, VOCAB)
+        teacher = torch.empty(order.shape).scatter_(1, order, torch.tensor(row["teacher_logprobs"]).view(-1, VOCAB))
+        total += torch.nn.functional.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum").item()
+    assert found["loss"] == pytest.approx(total / sum(q for _, q in SHAPE), rel=1e-4)
 
 
 def test_before_the_first_step_dpo_knows_nothing() -> None:
