@@ -36,7 +36,15 @@ class Generator(Worker):
     steps. Finished samples go to the queue of the call that asked for them.
     """
 
-    def __init__(self, index: int, model_path: str, cfg: Config, stop_token_ids: list[int], from_learner: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        model_path: str,
+        cfg: Config,
+        stop_token_ids: list[int],
+        from_learner: bool,
+        context: int,
+    ) -> None:
         super().__init__(f"generator {index}")
         self.index = index
         self.cfg = cfg
@@ -44,7 +52,7 @@ class Generator(Worker):
         self._waiting: dict[int, queue.Queue] = {}
         self._started: Future = Future()
         self._error: BaseException | None = None
-        arguments = (model_path, stop_token_ids, from_learner)
+        arguments = (model_path, stop_token_ids, from_learner, context)
         threading.Thread(target=self._loop, args=arguments, daemon=True, name="engine").start()
 
     def ready(self) -> int:
@@ -170,9 +178,9 @@ class Generator(Worker):
         self._inbox.put((command, future))
         return future.result()
 
-    def _loop(self, model_path: str, stop_token_ids: list[int], from_learner: bool) -> None:
+    def _loop(self, *arguments: Any) -> None:
         try:
-            engine = _make_engine(model_path, self.cfg, stop_token_ids, from_learner)
+            engine = _make_engine(self.cfg, *arguments)
             self._started.set_result(os.getpid())
         except BaseException as error:  # noqa: BLE001  (the constructor's error must reach ready())
             self._error = error
@@ -205,7 +213,7 @@ def _checked(result: Any) -> Any:
     return result
 
 
-def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_learner: bool) -> Any:
+def _make_engine(cfg: Config, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int) -> Any:
     from rlhf_dist.engines.vllm import GeneratorEngine
 
     return GeneratorEngine(
@@ -217,7 +225,7 @@ def _make_engine(model_path: str, cfg: Config, stop_token_ids: list[int], from_l
         stop_token_ids=stop_token_ids,
         from_learner=from_learner,
         seed=cfg.seed,
-        context=cfg.max_context,
+        context=context,
         max_logprobs=max(20, cfg.distill.top_k),
     )
 

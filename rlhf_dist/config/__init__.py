@@ -148,12 +148,6 @@ class Config(Section):
         return "ppo" in self.stages
 
     @property
-    def max_context(self) -> int:
-        """Tokens that a generator must be able to hold: prompt and response, or a text to distill and one more."""
-        sampled = self.rollout.max_prompt_length + self.rollout.max_response_length
-        return max(sampled, self.distill.max_length + 1) if "distill" in self.stages else sampled
-
-    @property
     def uses_critic(self) -> bool:
         return self.algo.advantage_estimator == "gae"
 

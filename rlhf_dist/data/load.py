@@ -102,7 +102,7 @@ def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split, max_lengt
 def load_distillation(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
     """Demonstrations with ``teacher_prompt_ids``: the prompt after ``distill.context``, which the student never sees.
 
-    What the teacher reads has at most ``distill.max_length`` tokens.
+    What the teacher reads has at most ``distill.max_length`` tokens; the report says how many as ``longest``.
     """
     limit = cfg.distill.max_length
     table, report = load_demonstrations(cfg, tokenizer_dir, "train", limit)
@@ -117,7 +117,7 @@ def load_distillation(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report
     kept = table.filter(pa.array(total <= limit)).combine_chunks()
     _check_rows(kept, f"demonstrations within distill.max_length={limit}, context included", table.num_rows)
     too_long = report["too_long"] + table.num_rows - kept.num_rows
-    return kept, report | {"rows": kept.num_rows, "too_long": too_long}
+    return kept, report | {"rows": kept.num_rows, "too_long": too_long, "longest": int(total[total <= limit].max())}
 
 
 def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:

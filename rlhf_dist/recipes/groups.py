@@ -24,17 +24,22 @@ from rlhf_dist.run import Run
 
 
 class GeneratorGroup(Holder):
-    """The vLLM engines."""
+    """The vLLM engines.
 
-    def __init__(self, run: Run, model_path: str, from_learner: bool) -> None:
-        g = run.cfg.generator
+    Args:
+        context: tokens that a request may have in all; by default the longest prompt and response.
+    """
+
+    def __init__(self, run: Run, model_path: str, from_learner: bool, context: int | None = None) -> None:
+        g, r = run.cfg.generator, run.cfg.rollout
+        tokens = context or r.max_prompt_length + r.max_response_length
         # Calls of one engine overlap: a weight update comes in while a stream is open.
         group = Group(
             "generator",
             Generator,
             g.replicas,
             Resources(g.cpus * g.tensor_parallel_size, g.gpus, g.resources),
-            lambda i: (i, model_path, run.cfg, [run.eos_id], from_learner),
+            lambda i: (i, model_path, run.cfg, [run.eos_id], from_learner, tokens),
             strategy=run.cfg.cluster.placement,
             seconds=run.cfg.run.startup_limit,
             concurrency=4,
