@@ -18,12 +18,12 @@ from tiny import LLAMA, SPECIAL, comparisons, experience
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.actors.dispatch import Chunk, ChunkInfo, RolloutBatch
-from rlhf_dist.actors.experience import join
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
 from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+from rlhf_dist.data.experience import join
 from rlhf_dist.data.tokenization import save_tokenizer
 from rlhf_dist.data.world import build_tokenizer
 from rlhf_dist.engines.objectives import PolicyObjective
