@@ -68,7 +68,7 @@ def generator_group(folder: Path, cfg: Config, count: int) -> Iterator[list[Any]
         Generator,
         count,
         Resources(cfg.generator.cpus, cfg.generator.gpus),
-        lambda i: (i, str(folder), cfg, [], True),
+        lambda i: (i, str(folder), cfg, [], True, 48),
         strategy="PACK",
         seconds=SECONDS,
         concurrency=4,
