@@ -73,7 +73,8 @@ def experience(lengths: Sequence[tuple[int, int]], seed: int = 0, holes: bool = 
     for name in ("old_logprobs", "ref_logprobs"):
         table = table.append_column(name, ragged(q, lambda n: -4 + rng.normal(size=n), pa.float32()))
     # The sampler differs a little from the learner, as it does in bfloat16.
-    sampled = [(np.array(x) + 0.3 * rng.normal(size=len(x))).tolist() for x in table["old_logprobs"].to_pylist()]
+    noise = np.random.default_rng(seed + 2)
+    sampled = [(np.array(x) + 0.3 * noise.normal(size=len(x))).tolist() for x in table["old_logprobs"].to_pylist()]
     i = table.column_names.index("rollout_logprobs")
     table = table.set_column(i, "rollout_logprobs", pa.array(sampled, pa.list_(pa.float32())))
     for name in ("values", "rewards", "advantages", "returns"):
