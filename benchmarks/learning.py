@@ -28,6 +28,8 @@ from benchmarks.machine import describe
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "algorithms"
 RESULTS = Path(__file__).parent / "results" / "learning.json"
+#: It does not start from the shared policy but makes one.
+LEFT_OUT = ("distill",)
 #: Steps of 128 samples: enough for every algorithm to show where it is going.
 STEPS = 60
 
@@ -43,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
     if not args.table:
-        names = args.only or ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml"))]
+        names = args.only or ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in LEFT_OUT)]
         for seed in args.seeds:
             for name in names:
                 if not any((r["algorithm"], r["seed"]) == (name, seed) for r in results["runs"]):
@@ -59,10 +61,11 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
     file = CONFIGS / f"{name}.yaml"
     text = yaml.safe_load(file.read_text()) if name != "ppo" else {}
     options = [f"seed={seed}", f"model.path={base / 'sft'}", "model.architecture={}", f"run.root={runs}"]
-    if "pipeline" in text:  # DPO and its kin learn from comparisons, a part of which the policy samples
-        options += ["pipeline.stages=[dpo]"]
-    elif "reward_model" in text:
-        options += ["pipeline.stages=[reward_model,ppo]"]
+    stages = [stage for stage in text.get("pipeline", {}).get("stages", []) if stage != "sft"]
+    if "reward_model" in text:  # a reward model of its own
+        stages = ["reward_model", "ppo"]
+    if stages:
+        options += [f"pipeline.stages=[{','.join(stages)}]"]
     else:
         options += ["recipe=ppo", f"critic.path={base / 'reward_model'}"]
         if "components" not in text.get("reward", {}):
@@ -70,7 +73,7 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
     options += [f"train.steps={STEPS}", f"run.name={name}-{seed}", "run.save_rollouts=false"]
     started = time.time()
     summary = execute([*(["--config", str(file)] if name != "ppo" else []), *options], runs / f"{name}-{seed}")
-    last = "dpo" if "pipeline" in text else "ppo"
+    last = stages[-1] if stages else "ppo"
     before, after = summary["eval"]["sft"], summary["eval"][last]
     return {
         "algorithm": name,
