@@ -71,7 +71,7 @@ class World:
         for pair in itertools.product(range(len(self.tokens)), repeat=2):
             members, scores = list(pair), self.scores[list(pair)]
             terms = RewardTerms(
-                rewards=kl.on_last_token(scores, mask),
+                rewards=kl.add_to_last_token(torch.zeros(mask.shape, dtype=scores.dtype), scores, mask),
                 scores=scores,
                 mask=mask,
                 group_id=torch.zeros(2, dtype=torch.int64),

@@ -85,7 +85,7 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
         "stage_seconds": stage_seconds(runs / f"{name}-{seed}", last),
         "wall_seconds": round(time.time() - started, 1),
         "versions": summary["versions"],
-        "options": options,
+        "options": [option.replace(str(runs), "RUNS") for option in options],
     }
 
 

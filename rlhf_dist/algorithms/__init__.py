@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_dist.algorithms import advantages as adv
@@ -62,8 +61,7 @@ def _per_sample(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Rewa
     """An estimator that compares the total rewards of a prompt's samples, spread over their tokens."""
 
     def estimate(t: RewardTerms) -> tuple[Tensor, None]:
-        totals = torch.where(t.mask, t.rewards, 0).sum(1)
-        return adv.broadcast(estimator(totals, t.group_id), t.mask), None
+        return adv.broadcast(estimator(t.rewards.sum(1), t.group_id), t.mask), None
 
     return estimate
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_dist.algorithms.kl import on_last_token
+from rlhf_dist.algorithms.kl import add_to_last_token
+from rlhf_dist.algorithms.masking import masked
 
 _BLOCK = 64
 
@@ -37,15 +38,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     deltas = _compact(rewards, mask, slot) - baseline
     deltas[:, :-1] += gamma * baseline[:, 1:]
     advantages = _spread(_discounted_suffix_sum(deltas, gamma * lam), slot)
-    return advantages, torch.where(mask, advantages + values, 0)
+    return advantages, masked(advantages + values, mask)
 
 
 @torch.no_grad()
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t+1} over the trained tokens (REINFORCE, Williams 1992); ``[B, T]``, 0 outside the mask."""
     mask = mask.bool()
-    if gamma == 1:  # nothing decays across a gap either: a plain sum
-        return torch.where(mask, torch.where(mask, rewards, 0).flip(1).cumsum(1).flip(1), 0)
+    if gamma == 1:  # nothing decays, across a gap neither: the total less what was before
+        rewards = masked(rewards, mask)
+        before = rewards.cumsum(1)
+        return masked((rewards + before[:, -1:]).sub_(before), mask)
     slot = _slots(mask)
     return _spread(_discounted_suffix_sum(_compact(rewards, mask, slot), gamma), slot)
 
@@ -58,11 +61,11 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     becomes 0.
     """
     mask = mask.bool()
-    count = mask.sum()
+    trained = mask.count_nonzero()
     # Sums in float64: in float32 the rounding of the mean of equal, large x would be blown up by 1 / sqrt(1e-8).
-    mean = torch.where(mask, x, 0).sum(dtype=torch.float64) / count.clamp(min=1)
-    centred = torch.where(mask, x - mean.to(x.dtype), 0)
-    variance = centred.square().sum(dtype=torch.float64) / (count - 1).clamp(min=1)
+    mean = masked(x, mask).sum(1, dtype=torch.float64).sum() / trained.clamp(min=1)
+    centred = masked(x - mean.to(x.dtype), mask)
+    variance = centred.square().sum(1, dtype=torch.float64).sum() / (trained - 1).clamp(min=1)
     return centred * (variance + 1e-8).rsqrt().to(x.dtype)
 
 
@@ -123,7 +126,7 @@ def reinforce_plus_plus_baseline(
         scores: ``[B]``, what the group is compared by; a group of one has the baseline of its own score.
     """
     baseline = dr_grpo(scores, group_id) - scores
-    return reinforce_plus_plus(rewards + on_last_token(baseline, mask), mask, gamma)
+    return reinforce_plus_plus(add_to_last_token(rewards, baseline, mask), mask, gamma)
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def remax(rewards: Tensor, greedy_scores: Tensor, mask: Tensor, gamma: float) ->
     Returns:
         ``[B, T]``, 0 outside the mask.
     """
-    return reward_to_go(rewards + on_last_token(-greedy_scores, mask), mask, gamma)
+    return reward_to_go(add_to_last_token(rewards, -greedy_scores, mask), mask, gamma)
 
 
 @torch.no_grad()
@@ -149,7 +152,7 @@ def zero_std_groups(scores: Tensor, group_id: Tensor) -> Tensor:
 
 def broadcast(sequence_advantages: Tensor, mask: Tensor) -> Tensor:
     """Each row's advantage ``[B]`` on all its trained tokens: ``[B, T]``, 0 outside the mask."""
-    return torch.where(mask.bool(), sequence_advantages[:, None], 0)
+    return masked(sequence_advantages[:, None], mask.bool())
 
 
 def _centre(scores: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +184,7 @@ def _slots(mask: Tensor) -> Tensor | None:
 
 def _compact(x: Tensor, mask: Tensor, slot: Tensor | None) -> Tensor:
     """The trained tokens of each row moved to its left end, then zeros: ``[B, T]``, or ``[B, T + 1]`` with slots."""
-    x = torch.where(mask, x, 0)
+    x = masked(x, mask)
     return x if slot is None else x.new_zeros(x.shape[0], x.shape[1] + 1).scatter_(1, slot, x)
 
 

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_dist.algorithms.masking import masked
+
 #: Log-ratios are cut to ±20 before ``exp``: e^20 ≈ 5e8 is beyond any use, and float32 would overflow at 88.
 LOG_RATIO_LIMIT = 20.0
 #: and k3 to 10 nats.
@@ -37,7 +39,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator, ma
     k1 = logprobs - ref_logprobs
     if mask is not None:
         # Before the estimator, not after: the gradient of a masked NaN would be 0 · NaN.
-        k1 = torch.where(mask.bool(), k1, 0)
+        k1 = masked(k1, mask.bool())
     if estimator == "k1":
         return k1
     if estimator == "k2":
@@ -71,18 +73,19 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Returns:
         ``[B, T]``, 0 outside the mask. A row without trained tokens has nowhere to put its score: all 0.
     """
-    return torch.where(mask.bool(), -kl_coef * kl, 0) + on_last_token(scores, mask)
+    return add_to_last_token(masked(-kl_coef * kl, mask.bool()), scores, mask)
 
 
 @torch.no_grad()
-def on_last_token(x: Tensor, mask: Tensor) -> Tensor:
-    """``x [B]`` at the last trained token of each row, 0 elsewhere: ``[B, T]``."""
-    length = mask.shape[1]
-    if length == 0:
-        return x.new_zeros(mask.shape)
-    # Positions from 1; a row without trained tokens has 0, whose column falls off.
-    last = torch.where(mask.bool(), torch.arange(1, length + 1, device=mask.device), 0).amax(1, keepdim=True)
-    return x.new_zeros(len(x), length + 1).scatter_(1, last, x[:, None])[:, 1:]
+def add_to_last_token(rewards: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """``rewards [B, T]`` with ``x [B]`` added at the last trained token of each row that has one."""
+    # Bytes, because looking for the last one should not cost more than the addition.
+    reverse = mask.to(torch.uint8).flip(1)
+    rows = reverse.any(1).nonzero()[:, 0]
+    out = rewards.clone()
+    if len(rows):
+        out[rows, mask.shape[1] - 1 - reverse[rows].argmax(1)] += x[rows]
+    return out
 
 
 class FixedKLController:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_dist.algorithms.kl import K3_LIMIT, LOG_RATIO_LIMIT
 from rlhf_dist.algorithms.logprobs import entropy_from_logits
+from rlhf_dist.algorithms.masking import count, masked
 
 __all__ = [
     "a2c_policy_loss",
@@ -65,11 +66,11 @@ def aggregate(
         ValueError: for an unknown ``how``, or ``constant`` without ``max_length``.
     """
     mask = mask.bool()
-    x = torch.where(mask, x, 0)
+    x = masked(x, mask)
     if how == "token_mean":
         return x.sum() / _at_least_one(total_tokens)
     if how == "sequence_mean":
-        return (x.sum(1) / mask.sum(1).clamp(min=1)).sum() / _at_least_one(total_sequences)
+        return _row_mean(x, mask).sum() / _at_least_one(total_sequences)
     if how == "constant":
         if max_length is None:
             raise ValueError("how='constant' divides by max_length, which is not given")
@@ -114,7 +115,7 @@ def ppo_policy_loss(
 def a2c_policy_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
     """−A log π, for one pass without a ratio (A2C, 1602.01783; Sparrow, 2209.14375); all ``[B, T]``, no metrics."""
     mask = mask.bool()
-    return -torch.where(mask, advantages, 0) * torch.where(mask, logprobs, 0), {}
+    return masked(advantages, mask).neg_() * masked(logprobs, mask), {}
 
 
 def gspo_policy_loss(
@@ -154,7 +155,7 @@ def cispo_policy_loss(
     log_ratio, advantages, mask = _operands(logprobs, old_logprobs, advantages, mask)
     ratio = log_ratio.detach().exp()
     weight = _clip(ratio, eps_clip, eps_clip_high)
-    loss = -weight * advantages * torch.where(mask, logprobs, 0)
+    loss = advantages.mul_(weight).neg_() * masked(logprobs, mask)
     return loss, _ratio_metrics(log_ratio, ratio, weight != ratio, mask)
 
 
@@ -185,7 +186,7 @@ def value_loss(
     The metric ``value_clip_frac`` is 1 where the clipped term was the larger: that token has no gradient.
     """
     mask = mask.bool()
-    values, old_values, returns = (torch.where(mask, x, 0) for x in (values, old_values, returns))
+    values, old_values, returns = (masked(x, mask) for x in (values, old_values, returns))
     loss = (values - returns).square()
     if value_clip is None:
         return 0.5 * loss, {"value_clip_frac": torch.zeros_like(loss)}
@@ -240,25 +241,25 @@ def _operands(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log ρ and A, both 0 outside the mask, and the mask as bool."""
     mask = mask.bool()
-    return _log_ratio(logprobs, old_logprobs, mask), torch.where(mask, advantages, 0), mask
+    return _log_ratio(logprobs, old_logprobs, mask), masked(advantages, mask), mask
 
 
 def _log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor | None) -> Tensor:
     log_ratio = numerator - denominator
     if mask is not None:
         # Here, not after exp: the gradient of a masked NaN would be 0 · NaN.
-        log_ratio = torch.where(mask.bool(), log_ratio, 0)
+        log_ratio = masked(log_ratio, mask.bool())
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def _ratio(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor | None) -> Tensor:
     ratio = _log_ratio(old_logprobs.detach(), rollout_logprobs.detach(), mask).exp()
-    return ratio if mask is None else torch.where(mask.bool(), ratio, 0)
+    return ratio if mask is None else masked(ratio, mask.bool())
 
 
 def _row_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the trained tokens of each row: ``[B, 1]``; ``x`` is 0 outside the mask."""
-    return x.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return x.sum(1, keepdim=True) / count(mask).clamp(min=1)
 
 
 def _clip(ratio: Tensor, eps_clip: float, eps_clip_high: float | None) -> Tensor:
@@ -266,20 +267,22 @@ def _clip(ratio: Tensor, eps_clip: float, eps_clip_high: float | None) -> Tensor
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, eps_clip: float, eps_clip_high: float | None) -> tuple[Tensor, Tensor]:
-    """−min(ρA, clip(ρ)A), and where the clipped term is the smaller one."""
-    loss, clipped = -ratio * advantages, -_clip(ratio, eps_clip, eps_clip_high) * advantages
-    return torch.maximum(loss, clipped), clipped > loss
+    """−min(ρA, clip(ρ)A), and where the clipped term is the smaller one: there nothing has a gradient."""
+    negative = -advantages
+    loss = ratio * negative
+    with torch.no_grad():
+        bound = _clip(ratio, eps_clip, eps_clip_high) * negative
+        clipped = bound > loss
+    return torch.where(clipped, bound, loss), clipped
 
 
 @torch.no_grad()
 def _ratio_metrics(log_ratio: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor) -> Metrics:
     """``log_ratio`` and ``ratio`` are ``[B, T]``, or ``[B, 1]`` where a row has one."""
     ppo_kl = (log_ratio.expm1() - log_ratio).clamp(0, K3_LIMIT)  # k3 of a log-ratio that is cut already
-    return {
-        "ratio": torch.where(mask, ratio, 0),
-        "ppo_kl": torch.where(mask, ppo_kl, 0),
-        "clip_frac": (clipped & mask).to(ratio.dtype),
-    }
+    if ppo_kl.shape != mask.shape:  # else it is 0 outside the mask already, as log_ratio is
+        ppo_kl = masked(ppo_kl, mask)
+    return {"ratio": masked(ratio, mask), "ppo_kl": ppo_kl, "clip_frac": clipped.to(ratio.dtype)}
 
 
 def _at_least_one(total: float | Tensor) -> float | Tensor:

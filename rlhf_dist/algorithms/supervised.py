@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_dist.algorithms.masking import masked
+
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy −log π on the response's tokens only: ``[B, T]``, no metrics.
 
     On pretraining text, where every token but the first is the response, it is the second term of PPO-ptx (2203.02155).
     """
-    return -torch.where(mask.bool(), logprobs, 0), {}
+    return -masked(logprobs, mask.bool()), {}
 
 
 def distillation_loss(

