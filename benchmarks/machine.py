@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str | int | None]:
-    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+    return {"cpu": cpu_model(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 def cpu_model() -> str:
