@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from rlhf_dist.config import RewardComponent
+from rlhf_dist.config.base import load_function
 
 
 class Texts:
@@ -37,23 +36,6 @@ def checked(scores: Any, name: str, texts: Texts) -> np.ndarray:
                 f"Prompt {texts.prompts[i][-80:]!r}, response {texts.responses[i][:80]!r}"
             )
     return np.asarray(values, np.float64)
-
-
-def load_function(name: str) -> Callable[..., Sequence[float]]:
-    """``package.module:function``.
-
-    Raises:
-        ValueError: the module cannot be imported, or has no such function.
-    """
-    module_name, _, function = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"function {name!r}: cannot import {module_name}: {error}") from None
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ValueError(f"function {name!r}: module {module_name} has no function {function!r}")
-    return found
 
 
 def _call(name: str, prompts: list[str], responses: list[str], fields: list[dict[str, Any]]) -> list[Any]:

@@ -9,10 +9,8 @@ own needs no line: ``algo.policy_loss=my_package.losses:my_loss``, a function of
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -122,16 +120,3 @@ CORRECTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Tensor]]
     "icepop": lambda old, rollout, mask, low, high: losses.icepop(old, rollout, low, high, mask),
     "sequence_mask": losses.sequence_mask,
 }
-
-
-def lookup(table: dict[str, Any], name: str) -> Any:
-    """The entry ``name`` of one of the tables above, or the function that ``package.module:function`` names.
-
-    Raises:
-        ImportError: there is no such module.
-        AttributeError: the module has no such function.
-    """
-    if name in table:
-        return table[name]
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)

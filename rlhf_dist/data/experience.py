@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from rlhf_dist import schema
 from rlhf_dist.config import AlgoConfig, RewardConfig
+from rlhf_dist.config.base import load_function
 from rlhf_dist.data.batching import Ragged
 
 
@@ -104,7 +105,8 @@ def estimate_advantages(
         gamma=algo.gamma,
         gae_lambda=algo.gae_lambda,
     )
-    estimate = algorithms.lookup(algorithms.ADVANTAGE_ESTIMATORS, algo.advantage_estimator)
+    name = algo.advantage_estimator
+    estimate = algorithms.ADVANTAGE_ESTIMATORS.get(name) or load_function(name)
     advantages, returns = estimate(terms)
     if algo.whitens:
         advantages = adv.whiten(advantages, mask)

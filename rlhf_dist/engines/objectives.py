@@ -26,6 +26,7 @@ from rlhf_dist.algorithms.masking import masked
 from rlhf_dist.algorithms.preferences import dpo_loss, ipo_loss, kwise_loss, pairwise_loss
 from rlhf_dist.algorithms.supervised import sft_loss
 from rlhf_dist.config import CORRECTION_BOUNDS, AlgoConfig, DPOConfig
+from rlhf_dist.config.base import load_function
 from rlhf_dist.data.batching import (
     Batch,
     Ragged,
@@ -129,7 +130,7 @@ class PolicyObjective(_Sequences):
     def __init__(self, algo: AlgoConfig, max_response_length: int) -> None:
         self.algo = algo
         self.max_response_length = max_response_length
-        self.policy_loss = algorithms.lookup(algorithms.POLICY_LOSSES, algo.policy_loss)
+        self.policy_loss = algorithms.POLICY_LOSSES.get(algo.policy_loss) or load_function(algo.policy_loss)
         self.correction = algorithms.CORRECTIONS.get(algo.rollout_correction)
         self.bounds = algo.correction_bounds or CORRECTION_BOUNDS.get(algo.rollout_correction, (0.0, 0.0))
 
