@@ -29,7 +29,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -96,18 +96,18 @@ def logprobs(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
     return logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0].numpy()
 
 
-def generator_engine(folder: Path, *, tensor_parallel_size: int = 1, **sync: Any) -> Any:
+def generator_engine(folder: Path, *, tensor_parallel_size: int = 1, **rollout: Any) -> Any:
     """A ``GeneratorEngine`` with random weights, which waits for the learner's."""
     from rlhf_dist.engines.vllm import GeneratorEngine
 
     return GeneratorEngine(
         str(folder),
         ModelConfig(),
-        RolloutConfig(max_prompt_length=32, max_response_length=16),
+        RolloutConfig(**{"max_prompt_length": 32, "max_response_length": 16, **rollout}),
         GeneratorConfig(tensor_parallel_size=tensor_parallel_size, kv_cache_gb=0.03, max_num_seqs=16),
-        WeightSyncConfig(**sync),
+        WeightSyncConfig(),
         stop_token_ids=[],
         from_learner=True,
         seed=0,
-        context=48,
+        context=rollout.get("max_prompt_length", 32) + 16,
     )

@@ -1,236 +1,218 @@
-"""Rollouts on their way: lazy batches whose chunks are scored while the rest is still being generated.
+"""The driver's side of the generators: groups go out to the one with the least work, finished chunks come back.
 
-The driver holds references and lengths here, never tokens.
-
-* :class:`RolloutStream` submits prompt groups to the generators as the ledger
-  admits them, and returns one :class:`RolloutBatch` per step.
-* A stage (reward, reference, policy, critic) registers with
-  :meth:`RolloutBatch.apply` what it does with a chunk. The threads that read
-  the generators' streams call it for each chunk the moment it arrives.
+One thread for each generator asks it for chunks. Whoever wants samples opens a
+*lane*: training is one, each evaluation another; a chunk belongs to one lane.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import ray
 from ray import ObjectRef
-from ray.actor import ActorHandle
 
+from rlhf_dist.actors import waiting
+from rlhf_dist.actors.group import Group, Holder
+from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.transport import Weights
-from rlhf_dist.actors.waiting import WaitLimitExceeded, explained, wait_for
-from rlhf_dist.data.ledger import Ledger
-from rlhf_dist.data.prompts import PromptOrder
-
-
-@dataclass(frozen=True)
-class ChunkInfo:
-    """What the driver knows of a chunk."""
-
-    groups: tuple[int, ...]
-    samples: int
-    prompt_tokens: int
-    response_tokens: int
-    seconds: float
-    """From the start of the call to this chunk."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    info: ChunkInfo
-    table: ObjectRef
+from rlhf_dist.actors.waiting import WaitLimitExceeded, explained
+from rlhf_dist.data.balance import Balancer, Load
 
 
 @dataclass
-class Columns:
-    """What a stage computes: for each chunk, in order of arrival, references to the parts of its columns."""
+class Lane:
+    """Whom samples are for, and how they are sampled."""
 
-    stage: str
-    parts: list[list[ObjectRef]] = field(default_factory=list)
-
-
-class RolloutBatch:
-    """The chunks of one step. Thread-safe; everything that submits to actors runs under one lock.
-
-    The lock also keeps collective stages in step: every rank of a learner
-    gets the chunks in the same order.
-    """
-
-    def __init__(self, groups: Sequence[int]) -> None:
-        self.groups = set(groups)
-        self.left_out: frozenset[int] = frozenset()
-        """Groups that were sampled and are not trained (dynamic sampling)."""
-        self.chunks: list[Chunk] = []
-        self.started = time.monotonic()
-        self.generate_seconds = 0.0
-        self._missing = set(groups)
-        self._stages: list[tuple[Callable[[ObjectRef], list[ObjectRef]], Columns]] = []
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-
-    def apply(self, stage: str, submit: Callable[[ObjectRef], list[ObjectRef]]) -> Columns:
-        """Run ``submit`` for every chunk, those that are there and those to come."""
-        columns = Columns(stage)
-        with self._changed:
-            columns.parts += [submit(chunk.table) for chunk in self.chunks]
-            self._stages.append((submit, columns))
-        return columns
-
-    def add(self, chunk: Chunk) -> None:
-        """Consumes a finished chunk; unblocks :meth:`wait` with the last one."""
-        with self._changed:
-            self.chunks.append(chunk)
-            self._missing.difference_update(chunk.info.groups)
-            for submit, columns in self._stages:
-                columns.parts.append(submit(chunk.table))
-            if not self._missing:
-                self.generate_seconds = time.monotonic() - self.started
-            self._changed.notify_all()
-
-    def replace(self, left_out: Sequence[int], groups: Sequence[int]) -> None:
-        """Expect ``groups`` in place of ``left_out``."""
-        with self._changed:
-            self.left_out |= set(left_out)
-            self.groups.update(groups)
-            self._missing.update(groups)
-
-    def fail(self, error: BaseException) -> None:
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def wait(self, seconds: float) -> RolloutBatch:
-        """Block until every group is there.
-
-        Raises:
-            WaitLimitExceeded: names how many groups are missing.
-        """
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._error is not None or not self._missing, seconds)
-        if self._error is not None:
-            raise self._error
-        if not done:
-            raise WaitLimitExceeded(
-                f"the driver waited {seconds:.0f} s for the generators: {len(self._missing)} of {len(self.groups)} "
-                f"groups are missing, for example group {min(self._missing)} (run.wait_limit)"
-            )
-        return self
-
-    @property
-    def samples(self) -> int:
-        return sum(c.info.samples for c in self.chunks)
-
-    @property
-    def response_tokens(self) -> int:
-        return sum(c.info.response_tokens for c in self.chunks)
-
-    @property
-    def tokens(self) -> int:
-        return self.response_tokens + sum(c.info.prompt_tokens for c in self.chunks)
+    prompts: ObjectRef
+    """``schema.PROMPT``; the generators look prompts up by row, so tokens never pass through the driver."""
+    n: int
+    """Samples of each group, besides the greedy one."""
+    greedy: bool
+    arrived: Callable[[Chunk], None]
+    """Called with the lock held, for every chunk the moment it is there."""
+    failed: Callable[[BaseException], None]
+    rows: dict[int, int] = field(default_factory=dict)
+    """Of the groups that are under way, their rows of ``prompts``."""
 
 
-def generate(
-    generators: Sequence[ActorHandle],
-    prompts: ObjectRef,
-    groups: Sequence[tuple[int, int]],
-    n: int,
-    greedy: bool = False,
-    into: RolloutBatch | None = None,
-) -> RolloutBatch:
-    """Sample ``n`` responses for each ``(group_id, prompt row)``; returns at once with a lazy batch.
+@dataclass
+class Sync:
+    """One version of the weights on its way to the generators."""
 
-    Groups are dealt out to the generators evenly. One thread per generator
-    reads its stream: a chunk is passed on the moment it is finished.
+    version: int
+    refs: list[ObjectRef]
+    published: float
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By generator: what it verified, and ``serving_seconds`` since the publication."""
+
+
+class GeneratorGroup(Holder):
+    """The vLLM engines, as one.
+
+    consumes: groups to sample, versions of the weights; waits for: nobody; unblocks: batches, as chunks arrive.
 
     Args:
-        greedy: one greedy response for each group as well, ``sample_index`` ``schema.GREEDY``.
-        into: a batch that expects these groups; a new one by default.
-    """
-    batch = into or RolloutBatch([g for g, _ in groups])
-    for i, generator in enumerate(generators):
-        part = list(groups[i :: len(generators)])
-        if part:
-            stream: Any = generator.generate.remote(prompts, part, n, greedy)
-            threading.Thread(target=_read, args=(stream, batch, f"generator {i}"), daemon=True).start()
-    return batch
-
-
-def _read(stream: Any, batch: RolloutBatch, who: str) -> None:
-    """Pass on the chunks of one generator. Ends with the stream, or with the batch's failure."""
-    try:
-        for info in stream:  # yields info and table in turn
-            batch.add(Chunk(ray.get(info), next(stream)))
-    except Exception as error:  # noqa: BLE001  (a background thread: whatever ends it must reach the run)
-        batch.fail(explained(error, who))
-
-
-class RolloutStream:
-    """Batches of rollouts from the newest policy.
-
-    consumes: prompts, published weights; waits for: the generators; unblocks: the training step.
+        capacity: sequences that a generator holds before others wait for a free one.
     """
 
-    def __init__(
-        self,
-        generators: Sequence[ActorHandle],
-        prompts: ObjectRef,
-        order: PromptOrder,
-        *,
-        batch_size: int,
-        n_samples_per_prompt: int,
-        greedy: bool = False,
-        max_staleness: int = 0,
-    ) -> None:
-        self.generators = list(generators)
-        self.prompts = prompts
-        self.order = order
-        self.n = n_samples_per_prompt
-        self.greedy = greedy
-        self.ledger = Ledger(batch_size, max_staleness)
-        self._loading: tuple[int, list[ObjectRef]] | None = None
+    def __init__(self, group: Group, capacity: int) -> None:
+        super().__init__(group)
+        self.actors = group.actors
+        self.changed = threading.Condition()
+        self.version = -1
+        """The newest that was published; whatever is submitted is sampled from this version, or a later one."""
+        self._balancer: Balancer[tuple[int, int]] = Balancer(
+            len(self.actors), capacity if len(self.actors) > 1 else None
+        )
+        self._lanes: dict[int, Lane] = {}
+        self._numbers = itertools.count()
+        self._chunk_numbers = itertools.count()
+        self._syncs: list[Sync] = []
+        self._reported: list[Sync] = []
+        self._error: BaseException | None = None
+        self._reading = False
+        self._length = 0.0
+        """Running mean of the tokens of a response."""
 
-    def next_batch(self) -> RolloutBatch:
-        """The next batch, lazily: its chunks arrive while the caller registers stages."""
-        self.wait_published()
-        groups = self.ledger.admit()
-        return self._submit(groups, RolloutBatch(groups))
+    def open(self, lane: Lane) -> int:
+        """A new lane; returns its number."""
+        with self.changed:
+            if not self._reading:
+                self._reading = True
+                for i in range(len(self.actors)):
+                    threading.Thread(target=self._read, args=(i,), daemon=True, name=f"generator {i}").start()
+            number = next(self._numbers)
+            self._lanes[number] = lane
+        return number
 
-    def replace(self, batch: RolloutBatch, groups: Sequence[int]) -> None:
-        """Take ``groups`` out of a batch and sample the next prompts in their place."""
-        for group in groups:
-            self.ledger.discarded(group)
-        admitted = self.ledger.admit()
-        batch.replace(groups, admitted)
-        self._submit(admitted, batch)
+    def close(self, lane: int) -> None:
+        with self.changed:
+            del self._lanes[lane]
 
-    def trained(self, batch: RolloutBatch) -> None:
-        """Enter a completed batch into the ledger: exactly once."""
-        trained = batch.groups - batch.left_out
-        for group in trained:
-            self.ledger.completed(group)
-        taken = self.ledger.take_batch()
-        if taken is None or set(taken) != trained:
-            raise RuntimeError(f"the ledger expected batch {taken}, but {sorted(trained)[:4]}... was trained")
+    def submit(self, number: int, groups: Sequence[tuple[int, int]]) -> None:
+        """Have ``(group, prompt row)`` sampled for a lane, by whichever generator has the least to do."""
+        with self.changed:
+            if self._error is not None:
+                raise self._error
+            lane = self._lanes[number]
+            sequences = lane.n + lane.greedy
+            for group, row in groups:
+                lane.rows[group] = row
+                self._balancer.add((number, group), Load(sequences, sequences * max(1.0, self._length)))
+            self._assign()
 
-    def _submit(self, groups: Sequence[int], batch: RolloutBatch) -> RolloutBatch:
-        pairs = list(zip(groups, self.order.take(len(groups)), strict=True))
-        return generate(self.generators, self.prompts, pairs, self.n, self.greedy, into=batch)
+    def generate(
+        self, prompts: ObjectRef, groups: Sequence[tuple[int, int]], n: int, greedy: bool = False
+    ) -> RolloutBatch:
+        """Sample ``n`` responses for each ``(group, prompt row)``; returns at once with a lazy batch.
+
+        Args:
+            greedy: one greedy response for each group as well, ``sample_index`` ``schema.GREEDY``.
+        """
+        batch = RolloutBatch(len(groups), self.changed)
+
+        def arrived(chunk: Chunk) -> None:
+            batch.add(Slice(chunk, chunk.info.groups))
+            if not batch.missing:
+                self.close(number)
+
+        number = self.open(Lane(prompts, n, greedy, arrived, batch.fail))
+        self.submit(number, groups)
+        return batch
+
+    def next_tokens(self, call: int, table: ObjectRef, rows: np.ndarray, k: int) -> tuple[ObjectRef, ObjectRef]:
+        """References to the number of rows and to their columns; calls go round."""
+        next_tokens: Any = self.actors[call % len(self.actors)].next_tokens.options(num_returns=2)
+        return tuple(next_tokens.remote(table, rows, k))
 
     def publish(self, weights: Weights) -> None:
-        """Send new weights to every generator; they serve nothing under them before the gate has passed."""
-        self._loading = (weights.version, weights.deliver(self.generators))
+        """Send new weights to every generator; returns at once. None serves them before its gate has passed."""
+        sync = Sync(weights.version, weights.deliver(self.actors), time.monotonic())
+        with self.changed:
+            self.version = sync.version
+            self._syncs.append(sync)
+        for i, ref in enumerate(sync.refs):
+            ref.future().add_done_callback(functools.partial(self._loaded, sync, i))
 
-    def wait_published(self) -> list[Any]:
-        """Block until the last published version serves everywhere; returns the generators' records of the sync."""
-        if self._loading is None:
-            return []
-        version, refs = self._loading
-        records = [wait_for(ref, f"generator {i}, loading version {version}") for i, ref in enumerate(refs)]
-        if version > 0:
-            self.ledger.published(version)
-        self._loading = None
-        return records
+    def wait_published(self, version: int) -> list[Sync]:
+        """Block until every generator serves ``version`` or a newer one; returns what has completed since the last
+        call.
+
+        Raises:
+            WorkerFailed: a generator refused the weights; names version and tensor.
+        """
+        with self.changed:
+            done = self.changed.wait_for(lambda: self._error is not None or not self._loading(version), waiting.limit)
+            if self._error is not None:
+                raise self._error
+            if not done:
+                raise WaitLimitExceeded(
+                    f"the driver waited {waiting.limit:.0f} s for generators {self._loading(version)}, loading version "
+                    f"{version} (run.wait_limit)"
+                )
+            completed, self._reported = self._reported, []
+            return completed
+
+    def _loading(self, version: int) -> list[int]:
+        """Generators that do not serve ``version`` or a newer one yet."""
+        pending = [s for s in self._syncs if s.version <= version]
+        return sorted({i for s in pending for i in range(len(self.actors)) if i not in s.records})
+
+    def _loaded(self, sync: Sync, generator: int, future: Any) -> None:
+        with self.changed:
+            if (error := future.exception()) is not None:
+                self._fail(explained(error, f"generator {generator}, loading version {sync.version}"))
+                return
+            seconds = time.monotonic() - sync.published
+            sync.records[generator] = future.result() | {"serving_seconds": seconds}
+            if len(sync.records) == len(self.actors):
+                self._syncs.remove(sync)
+                self._reported.append(sync)
+            self.changed.notify_all()
+
+    def _assign(self) -> None:
+        """Send what the balancer gives out: one call for each generator and lane."""
+        for generator, keys in self._balancer.assign().items():
+            by_lane: dict[int, list[tuple[int, int]]] = {}
+            for number, group in keys:
+                by_lane.setdefault(number, []).append((group, self._lanes[number].rows[group]))
+            for number, groups in by_lane.items():
+                lane = self._lanes[number]
+                self.actors[generator].submit.remote(number, lane.prompts, groups, lane.n, lane.greedy, self.version)
+
+    def _read(self, generator: int) -> None:
+        """Pass on the chunks of one generator, for as long as it lives."""
+        next_chunk: Any = self.actors[generator].next_chunk.options(num_returns=2)
+        try:
+            while True:
+                info_ref, table = next_chunk.remote()
+                info: ChunkInfo = ray.get(info_ref)
+                with self.changed:
+                    self._arrived(generator, info, table)
+        except Exception as error:  # noqa: BLE001  (a background thread: whatever ends it must reach the run)
+            with self.changed:
+                self._fail(explained(error, f"generator {generator}"))
+
+    def _arrived(self, generator: int, info: ChunkInfo, table: ObjectRef) -> None:
+        lane = self._lanes[info.lane]
+        for group, tokens in zip(info.groups, info.response_tokens, strict=True):
+            self._balancer.finished(generator, (info.lane, group))
+            del lane.rows[group]
+            length = tokens / info.samples
+            self._length = 0.99 * self._length + 0.01 * length if self._length else length
+        # First the generators get new work, then the chunk is passed on.
+        self._assign()
+        lane.arrived(Chunk(next(self._chunk_numbers), info, table))
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        for lane in self._lanes.values():
+            lane.failed(error)
+        self.changed.notify_all()

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray import ObjectRef
 
-from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Holder, Resources, Worker
+from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, RewardConfig
-from rlhf_dist.data.batching import Ragged
-from rlhf_dist.data.experience import ScoreScale, estimate_advantages, groups_without_spread, join_batch
+from rlhf_dist.data.experience import (
+    Joinable,
+    ScoreScale,
+    ages,
+    estimate_advantages,
+    groups_without_spread,
+    join_batch,
+)
 
 
 @ray.remote
@@ -54,48 +62,42 @@ class Experience(Worker):
         self._writing: Future | None = None
 
     def build(
-        self,
-        step: int,
-        chunks: list[ObjectRef],
-        stages: list[tuple[str, list[list[ObjectRef]]]],
-        left_out: frozenset[int],
-        scale: ScoreScale,
+        self, step: int, parts: list[Part], left_out: frozenset[int], scale: ScoreScale, max_staleness: int
     ) -> tuple[pa.Table, dict[str, float]]:
-        """The experience of one step, without the groups ``left_out``, and its figures."""
-        table = self._join(chunks, stages)
+        """The experience of one step, without the groups ``left_out``, and its figures.
+
+        Raises:
+            RuntimeError: a token is older than ``max_staleness`` versions, which the ledger should have prevented.
+        """
+        table = join_batch(fetch(parts))
         if left_out:
             table = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(left_out), pa.int64()))))
+        if "old_logprobs" not in table.column_names:  # algo.old_logprobs: sampler
+            table = table.append_column("old_logprobs", table["rollout_logprobs"])
         table, metrics = estimate_advantages(
             table, self.algo, self.reward, self.kl_control.value, scale, self.max_response_length
         )
-        age = step - 1 - Ragged.of(table, "policy_version").values
-        metrics["train/policy_age"] = float(age.mean()) if len(age) else 0.0
-        metrics["train/policy_age_max"] = float(age.max(initial=0))
+        metrics |= ages(table, step - 1)
+        if metrics["train/policy_age_max"] > max_staleness:
+            raise RuntimeError(
+                f"step {step}: a token is {metrics['train/policy_age_max']:.0f} versions old, "
+                f"rollout.max_staleness is {max_staleness}"
+            )
         metrics["train/kl_coef"] = self.kl_control.value
         if "rollout/kl" in metrics:
             self.kl_control.update(metrics["rollout/kl"], table.num_rows)
         self._write(step, table)
         return table, metrics
 
-    def summarize(
-        self,
-        chunks: list[ObjectRef],
-        stages: list[tuple[str, list[list[ObjectRef]]]],
-        prompts: pa.Table,
-        group_by: str | None,
-        n_samples: int,
-    ) -> dict[str, Any]:
+    def summarize(self, parts: list[Part], prompts: pa.Table, group_by: str | None, n_samples: int) -> dict[str, Any]:
         """Figures of an evaluation: see :func:`rlhf_dist.evaluation.summary.summarize`."""
         from rlhf_dist.evaluation.summary import summarize
 
-        return summarize(self._join(chunks, stages), prompts, self.tokenizer, group_by, n_samples)
+        return summarize(join_batch(fetch(parts)), prompts, self.tokenizer, group_by, n_samples)
 
-    def without_spread(self, chunks: list[ObjectRef], stages: list[tuple[str, list[list[ObjectRef]]]]) -> list[int]:
-        """Groups whose scores are all equal; ``stages`` is the reward."""
-        return groups_without_spread(self._join(chunks, stages))
-
-    def _join(self, chunks: list[ObjectRef], stages: list[tuple[str, list[list[ObjectRef]]]]) -> pa.Table:
-        return join_batch(ray.get(chunks), [(s, [ray.get(p) for p in parts]) for s, parts in stages])
+    def without_spread(self, parts: list[Part]) -> list[int]:
+        """Groups whose scores are all equal; the only stage of ``parts`` is the reward."""
+        return groups_without_spread(join_batch(fetch(parts), ["group_id", "sample_index"]))
 
     def _write(self, step: int, table: pa.Table) -> None:
         """rollouts/step_N.parquet, with the texts; written beside the next step."""
@@ -143,32 +145,54 @@ class ExperienceGroup(Holder):
         self.actor = group.actors[0]
 
     def build(
-        self, step: int, rollouts: RolloutBatch, columns: Sequence[Columns], scale: ScoreScale
+        self, step: int, rollouts: RolloutBatch, columns: Sequence[Columns], scale: ScoreScale, max_staleness: int
     ) -> tuple[ObjectRef, ObjectRef]:
-        """References to the experience and to its figures; returns once all chunks are submitted."""
-        chunks, stages = _references(rollouts, columns)
+        """References to the experience and to its figures; returns at once."""
         build: Any = self.actor.build.options(num_returns=2)
-        references: Any = build.remote(step, chunks, stages, rollouts.left_out, scale)
-        return tuple(references)
+        parts = references(rollouts, columns)
+        return tuple(build.remote(step, parts, rollouts.left_out, scale, max_staleness))
 
     def without_spread(self, rollouts: RolloutBatch, scores: Columns) -> list[int]:
         """Groups of a complete batch whose scores are all equal, those left out already not among them."""
-        chunks, stages = _references(rollouts, [scores])
-        found = wait_for(self.actor.without_spread.remote(chunks, stages), "experience, comparing scores")
+        parts = references(rollouts, [scores])
+        found = wait_for(self.actor.without_spread.remote(parts), "experience, comparing scores")
         return [group for group in found if group not in rollouts.left_out]
 
     def summarize(
         self, rollouts: RolloutBatch, columns: Sequence[Columns], prompts: ObjectRef, group_by: str | None, n: int
     ) -> dict[str, Any]:
-        chunks, stages = _references(rollouts, columns)
-        return wait_for(self.actor.summarize.remote(chunks, stages, prompts, group_by, n), "experience, summarising")
+        parts = references(rollouts, columns)
+        return wait_for(self.actor.summarize.remote(parts, prompts, group_by, n), "experience, summarising")
 
     def flush(self) -> None:
         wait_for(self.actor.flush.remote(), "experience, writing rollouts")
 
 
-def _references(
-    rollouts: RolloutBatch, columns: Sequence[Columns]
-) -> tuple[list[ObjectRef], list[tuple[str, list[list[ObjectRef]]]]]:
-    """References nested in lists: Ray then passes them on instead of fetching them first."""
-    return [c.table for c in rollouts.chunks], [(c.stage, c.parts) for c in columns]
+@dataclass(frozen=True)
+class Part:
+    """One slice of a batch: references to its chunk and to what every stage computed.
+
+    References inside an object are passed on by Ray, not fetched first: the driver need not wait for the stages.
+    """
+
+    table: ObjectRef
+    rows: np.ndarray | None
+    whole: dict[str, list[ObjectRef]]
+    """Columns of the whole chunk, by stage."""
+    sliced: dict[str, list[ObjectRef]]
+    """Columns of ``rows``, by stage."""
+
+
+def references(rollouts: RolloutBatch, columns: Sequence[Columns]) -> list[Part]:
+    """What the experience process reads of a batch that is complete."""
+    whole, sliced = ({c.stage: c.of(rollouts.slices) for c in columns if c.whole is kind} for kind in (True, False))
+    return [
+        Part(s.chunk.table, s.rows, {n: p[i] for n, p in whole.items()}, {n: p[i] for n, p in sliced.items()})
+        for i, s in enumerate(rollouts.slices)
+    ]
+
+
+def fetch(parts: Sequence[Part]) -> list[Joinable]:
+    """The tables behind ``parts``, zero-copy where they lie on this node; waits for the stages."""
+    tables = lambda stages: {name: ray.get(refs) for name, refs in stages.items()}
+    return [Joinable(ray.get(p.table), p.rows, tables(p.whole), tables(p.sliced)) for p in parts]

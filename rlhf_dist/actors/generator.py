@@ -7,8 +7,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ import pyarrow as pa
 import ray
 
 from rlhf_dist import schema
-from rlhf_dist.actors.dispatch import ChunkInfo
 from rlhf_dist.actors.group import Worker
+from rlhf_dist.actors.outbox import Outbox
+from rlhf_dist.actors.rollouts import ChunkInfo
 from rlhf_dist.config import Config
 from rlhf_dist.data.batching import Ragged
 
@@ -28,12 +30,22 @@ def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@dataclass(frozen=True)
+class Command:
+    """Something for the engine's thread to do between two steps."""
+
+    call: Callable[[Any], Any]
+    when_idle: bool
+    """Only once everything that runs is finished; nothing new begins before."""
+    answer: Future
+
+
 @ray.remote
 class Generator(Worker):
     """One engine. Calls come in on Ray's threads; the engine lives in one thread of its own.
 
     Commands (add requests, load weights) wait in ``_inbox`` and run between two
-    steps. Finished samples go to the queue of the call that asked for them.
+    steps, in order. Finished samples leave through the outbox, in chunks.
     """
 
     def __init__(
@@ -48,8 +60,11 @@ class Generator(Worker):
         super().__init__(f"generator {index}")
         self.index = index
         self.cfg = cfg
-        self._inbox: queue.Queue[tuple[Callable[[Any], Any], Future]] = queue.Queue()
-        self._waiting: dict[int, queue.Queue] = {}
+        # Where chunks depend on lengths alone, a run on one generator can be repeated bit for bit.
+        self.outbox = Outbox(cfg.rollout.chunk_tokens, cfg.rollout.chunk_seconds if cfg.rollout.max_staleness else None)
+        self._inbox: queue.Queue[Command] = queue.Queue()
+        self._next: Command | None = None
+        self._texts: dict[int, queue.Queue] = {}
         self._started: Future = Future()
         self._error: BaseException | None = None
         arguments = (model_path, stop_token_ids, from_learner, context)
@@ -58,47 +73,36 @@ class Generator(Worker):
     def ready(self) -> int:
         return self._started.result()
 
-    def generate(self, prompts: pa.Table, groups: Sequence[tuple[int, int]], n: int, greedy: bool) -> Iterator[Any]:
-        """Stream finished groups as ``ChunkInfo``, table, ``ChunkInfo``, table ...
+    def submit(
+        self, lane: int, prompts: pa.Table, groups: Sequence[tuple[int, int]], n: int, greedy: bool, version: int
+    ) -> None:
+        """Queue groups; :meth:`next_chunk` returns them.
 
         Args:
+            lane: chunks hold samples of one lane only.
             prompts: ``schema.PROMPT``; its rows are looked up here, so tokens never pass through the driver.
             groups: ``(group_id, row of prompts)``.
             n: samples per group.
             greedy: one greedy response for each group as well.
+            version: no token is sampled from older weights.
         """
-        started = time.perf_counter()
         ids = Ragged.of(prompts, "prompt_ids")
         prompt_ids = prompts["prompt_id"].to_numpy()
-        finished: queue.Queue = queue.Queue()
+        indices = [*range(n), *([schema.GREEDY] if greedy else [])]
 
         def submit(engine: Any) -> None:
+            self.outbox.expect(lane, version, [group for group, _ in groups], len(indices))
             for group, row in groups:
-                self._waiting[group] = finished
-                for i in [*range(n), *([schema.GREEDY] if greedy else [])]:
+                for i in indices:
                     seed = sample_seed(self.cfg.seed, group, i)
-                    engine.add(int(prompt_ids[row]), group, i, ids[row], seed, greedy=i == schema.GREEDY)
+                    engine.add(lane, int(prompt_ids[row]), group, i, ids[row], seed, version)
 
-        self._run(submit)
-        left = len(groups)
-        with self.trace.span(self.name, "generate", groups=left):
-            yield from self._chunks(finished, left, n + greedy, started)
+        self._send(submit)
 
-    def _chunks(self, finished: queue.Queue, left: int, n: int, started: float) -> Iterator[Any]:
-        """Coalesce finished groups until a chunk is worth sending."""
-        partial: dict[int, list[Any]] = {}
-        chunk: list[Any] = []
-        while left:
-            sample = _checked(finished.get())
-            partial.setdefault(sample.group_id, []).append(sample)
-            if len(partial[sample.group_id]) == n:
-                chunk += sorted(partial.pop(sample.group_id), key=lambda s: s.sample_index)
-                del self._waiting[sample.group_id]
-                left -= 1
-                if left == 0 or sum(len(s.response_ids) for s in chunk) >= self.cfg.rollout.chunk_tokens:
-                    yield _info(chunk, time.perf_counter() - started)
-                    yield rollout_table(chunk)
-                    chunk = []
+    def next_chunk(self) -> tuple[ChunkInfo, pa.Table]:
+        """Block until a chunk is finished. Two returned objects, so that the driver owns the table unread."""
+        samples = _checked(self.outbox.get())
+        return _info(samples), rollout_table(samples)
 
     def next_tokens(self, table: pa.Table, rows: np.ndarray, k: int) -> tuple[int, pa.Table]:
         """The ``k`` most likely tokens at each response token of ``rows``, at temperature 1, for distillation.
@@ -115,15 +119,15 @@ class Generator(Worker):
 
         def submit(engine: Any) -> None:
             for row in rows:
-                self._waiting[int(row)] = finished
+                self._texts[int(row)] = finished
                 engine.add_text(int(row), np.concatenate([prompts[row], responses[row]]), k)
 
         with self.trace.span(self.name, "next_tokens", rows=len(rows)):
             self._run(submit)
             scores = [_checked(finished.get()) for _ in rows]
         for row in rows:
-            del self._waiting[int(row)]
-        order = [s.group_id for s in scores]
+            del self._texts[int(row)]
+        order = [s.row for s in scores]
         lengths = responses.lengths[order]
         columns = {"row": pa.array(order, pa.int64())}
         for name, field in (("teacher_ids", "token_ids"), ("teacher_logprobs", "logprobs")):
@@ -142,7 +146,7 @@ class Generator(Worker):
         shards = [shard for shards, _ in published for shard in shards]
         ids, expected = next(canary for _, canary in published if canary is not None)
         try:
-            record = self._run(lambda engine: engine.load(version, shards, ids, expected))
+            record = self._run(lambda engine: engine.load(version, shards, ids, expected), when_idle=self._drains)
         except RuntimeError as error:
             raise type(error)(f"generator {self.index}: {error}") from None
         return _figures(record, pulled)
@@ -153,7 +157,7 @@ class Generator(Worker):
         self._run(lambda engine: engine.init_weight_transfer_engine(init_info))
 
     def start_weight_update(self) -> None:
-        self._run(lambda engine: engine.start_weight_update())
+        self._run(lambda engine: engine.start_weight_update(), when_idle=self._drains)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._run(lambda engine: engine.update_weights(update_info))
@@ -170,13 +174,20 @@ class Generator(Worker):
         ids, expected = next(canary for canary in canaries if canary is not None)
         return _figures(self._run(lambda engine: engine.gate(version, ids, expected)), 0.0)
 
-    def _run(self, command: Callable[[Any], Any]) -> Any:
-        """Run ``command(engine)`` in the engine's thread, between two steps."""
+    @property
+    def _drains(self) -> bool:
+        return self.cfg.rollout.in_flight_updates == "drain"
+
+    def _run(self, command: Callable[[Any], Any], when_idle: bool = False) -> Any:
+        """Run ``command(engine)`` in the engine's thread, between two steps; returns its result."""
+        return self._send(command, when_idle).result()
+
+    def _send(self, command: Callable[[Any], Any], when_idle: bool = False) -> Future:
         if self._error is not None:
             raise RuntimeError(f"generator {self.index} has failed: {self._error}") from self._error
-        future: Future = Future()
-        self._inbox.put((command, future))
-        return future.result()
+        answer: Future = Future()
+        self._inbox.put(Command(command, when_idle, answer))
+        return answer
 
     def _loop(self, *arguments: Any) -> None:
         try:
@@ -189,21 +200,33 @@ class Generator(Worker):
         try:
             while True:
                 self._commands(engine)
-                for sample in engine.step() if engine.busy else ():
-                    self._waiting[sample.group_id].put(sample)
+                # While a command waits for an idle engine, nothing new begins.
+                samples, texts = engine.step(begin=self._next is None)
+                for sample in samples:
+                    self.outbox.add(sample)
+                self.outbox.poll()
+                for text in texts:
+                    self._texts[text.row].put(text)
         except BaseException as error:  # noqa: BLE001  (a background thread: its death must reach every caller)
             self._error = error
-            for waiting in set(self._waiting.values()):
+            self.outbox.fail(error)
+            for waiting in self._texts.values():
                 waiting.put(error)
 
     def _commands(self, engine: Any) -> None:
         """Run what waits in the inbox; block only when there is nothing to decode."""
-        while not engine.busy or not self._inbox.empty():
-            command, future = self._inbox.get()
+        while True:
+            if self._next is None:
+                if engine.active and self._inbox.empty():
+                    return
+                self._next = self._inbox.get()
+            if self._next.when_idle and engine.running:
+                return
+            command, self._next = self._next, None
             try:
-                future.set_result(command(engine))
+                command.answer.set_result(command.call(engine))
             except BaseException as error:  # noqa: BLE001  (goes to the caller)
-                future.set_exception(error)
+                command.answer.set_exception(error)
 
 
 def _checked(result: Any) -> Any:
@@ -234,13 +257,16 @@ def _figures(record: Any, pull_seconds: float) -> dict[str, Any]:
     return {**record.__dict__, "tells_apart": record.canary_tells_apart, "pull_seconds": pull_seconds}
 
 
-def _info(samples: Sequence[Any], seconds: float) -> ChunkInfo:
+def _info(samples: Sequence[Any]) -> ChunkInfo:
+    groups = list(dict.fromkeys(s.group_id for s in samples))
+    n = len(samples) // len(groups)
+    totals = lambda lengths: tuple(int(x) for x in np.reshape(lengths, (-1, n)).sum(1))
     return ChunkInfo(
-        groups=tuple(dict.fromkeys(s.group_id for s in samples)),
-        samples=len(samples),
-        prompt_tokens=sum(len(s.prompt_ids) for s in samples),
-        response_tokens=sum(len(s.response_ids) for s in samples),
-        seconds=seconds,
+        lane=samples[0].lane,
+        groups=tuple(groups),
+        samples=n,
+        prompt_tokens=totals([len(s.prompt_ids) for s in samples]),
+        response_tokens=totals([len(s.response_ids) for s in samples]),
     )
 
 
@@ -258,9 +284,7 @@ def rollout_table(samples: Sequence[Any]) -> pa.Table:
         ),
         "response_ids": ragged([s.response_ids for s in samples], np.int32),
         "rollout_logprobs": ragged([s.logprobs for s in samples], np.float32),
-        "policy_version": Ragged.to_arrow(
-            np.repeat(np.array([s.policy_version for s in samples], np.int32), lengths), lengths
-        ),
+        "policy_version": ragged([s.policy_versions for s in samples], np.int32),
         "finish_reason": pa.array([s.finish_reason for s in samples]).dictionary_encode(),
         "response_mask": Ragged.to_arrow(
             np.repeat(np.array([s.sample_index != schema.GREEDY for s in samples], np.uint8), lengths), lengths

@@ -19,12 +19,13 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from rlhf_dist.actors.data import join_columns
-from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources, Worker
+from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, GeneratorClient, Weights
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.data.experience import take
 from rlhf_dist.observability.trace import Span
 
 ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", "critic"]
@@ -202,15 +203,15 @@ class LearnerWorker(Worker):
         columns = {"ref_chosen": pa.array(sums[0::2], pa.float32()), "ref_rejected": pa.array(sums[1::2], pa.float32())}
         return pa.table({"row": pa.array(rows, pa.int64()), **columns})
 
-    def logprobs(self, chunk: pa.Table, column: str) -> pa.Table:
-        """``row`` and ``column``: log-probabilities of this rank's rows under the current policy."""
+    def logprobs(self, chunk: pa.Table, column: str, rows: np.ndarray | None = None) -> pa.Table:
+        """``row`` and ``column``: log-probabilities of this rank's share of ``rows`` under the current policy."""
         with self.trace.span(self.name, "logprobs"):
-            return self._per_token(chunk, column, lambda batch: self.engine(batch)[0])
+            return self._per_token(take(chunk, rows), column, lambda batch: self.engine(batch)[0])
 
-    def values(self, chunk: pa.Table) -> pa.Table:
-        """``row`` and ``values`` of this rank's rows."""
+    def values(self, chunk: pa.Table, rows: np.ndarray | None = None) -> pa.Table:
+        """``row`` and ``values`` of this rank's share of ``rows``."""
         with self.trace.span(self.name, "values"):
-            return self._per_token(chunk, "values", self.engine)
+            return self._per_token(take(chunk, rows), "values", self.engine)
 
     def scores(self, chunk: pa.Table, column: str) -> pa.Table:
         """``row``, ``score`` and ``column`` (the component) of this rank's rows."""
@@ -383,14 +384,14 @@ class LearnerGroup:
             wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
         )
 
-    def logprobs(self, batch: RolloutBatch, column: str = "old_logprobs") -> Columns:
-        return batch.apply(self.role, lambda chunk: [r.logprobs.remote(chunk, column) for r in self.ranks])
+    def logprobs(self, batch: Stages, column: str = "old_logprobs") -> Columns:
+        return batch.apply(self.role, lambda s: [r.logprobs.remote(s.chunk.table, column, s.rows) for r in self.ranks])
 
     def values(self, batch: RolloutBatch) -> Columns:
-        return batch.apply(self.role, lambda chunk: [r.values.remote(chunk) for r in self.ranks])
+        return batch.apply(self.role, lambda s: [r.values.remote(s.chunk.table, s.rows) for r in self.ranks])
 
-    def scores(self, batch: RolloutBatch, column: str) -> Columns:
-        return batch.apply(self.role, lambda chunk: [r.scores.remote(chunk, column) for r in self.ranks])
+    def scores(self, batch: Stages, column: str) -> Columns:
+        return batch.apply(self.role, lambda s: [r.scores.remote(s.chunk.table, column) for r in self.ranks])
 
     def weights(self, version: int) -> Weights:
         """Publish ``version``; returns at once."""

@@ -11,10 +11,10 @@ import pyarrow as pa
 import ray
 from ray import ObjectRef
 
-from rlhf_dist.actors.dispatch import Columns, RolloutBatch
 from rlhf_dist.actors.group import Group, Holder, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.rewards import FunctionProcess, Texts, checked, post
+from rlhf_dist.actors.rollouts import Columns, Stages
 from rlhf_dist.config import ModelConfig, RewardComponent
 
 
@@ -130,8 +130,8 @@ class ReferenceGroup(Holder):
         super().__init__(group)
         self._next = itertools.cycle(group.actors)
 
-    def logprobs(self, batch: RolloutBatch) -> Columns:
-        return batch.apply("reference", lambda chunk: [next(self._next).logprobs.remote(chunk)])
+    def logprobs(self, batch: Stages) -> Columns:
+        return batch.apply("reference", lambda s: [next(self._next).logprobs.remote(s.chunk.table)])
 
 
 class ShardedReference(Holder):
@@ -141,7 +141,7 @@ class ShardedReference(Holder):
         super().__init__(learner)
         self.learner = learner
 
-    def logprobs(self, batch: RolloutBatch) -> Columns:
+    def logprobs(self, batch: Stages) -> Columns:
         return self.learner.logprobs(batch, "ref_logprobs")
 
 
@@ -153,8 +153,8 @@ class ScorerGroup(Holder):
         super().__init__(group)
         self._next = itertools.cycle(group.actors)
 
-    def score(self, batch: RolloutBatch, prompts: ObjectRef, with_sum: bool = True) -> Columns:
-        return batch.apply(self.role, lambda chunk: [next(self._next).score.remote(chunk, prompts, with_sum)])
+    def score(self, batch: Stages, prompts: ObjectRef, with_sum: bool = True) -> Columns:
+        return batch.apply(self.role, lambda s: [next(self._next).score.remote(s.chunk.table, prompts, with_sum)])
 
 
 class ShardedReward(Holder):
@@ -165,7 +165,7 @@ class ShardedReward(Holder):
         self.learner = learner
         self.component = component
 
-    def score(self, batch: RolloutBatch, prompts: ObjectRef) -> Columns:
+    def score(self, batch: Stages, prompts: ObjectRef) -> Columns:
         return self.learner.scores(batch, f"score/{self.component.name}")
 
 

@@ -41,8 +41,13 @@ class RolloutConfig(Section):
     """Strings that end a response, besides the end-of-text token."""
     max_staleness: int = Field(0, ge=0)
     """Policy versions by which a trained token may be older than the policy; 0 is exactly on-policy."""
+    in_flight_updates: Literal["drain", "keep", "recompute"] = "keep"
+    """New weights while responses are under way (with staleness). drain: finish them first. keep: go on with the old
+    cache under the new weights. recompute: go on with a cache that the new weights compute again."""
     chunk_tokens: PositiveInt = 2000
     """Finished groups are sent on in chunks of at least so many tokens."""
+    chunk_seconds: PositiveFloat = 0.1
+    """With staleness: a finished group waits no longer than this for others to fill its chunk."""
     dynamic_sampling: bool = False
     """Replace groups whose scores are all equal by new prompts, which teach something (DAPO)."""
     dynamic_sampling_rounds: PositiveInt = 8
@@ -55,8 +60,6 @@ class RolloutConfig(Section):
                 f"top_p={self.top_p}, top_k={self.top_k} sample from another distribution than the learner "
                 "computes, which biases the ratio; set rollout.allow_biased_sampling=true to accept that"
             )
-        if self.max_staleness > 0:
-            raise ValueError(f"max_staleness={self.max_staleness}: only 0 (on-policy) is built so far")
         return self
 
 
@@ -80,6 +83,9 @@ class AlgoConfig(Section):
     """and above 1 + eps_clip_high; ``eps_clip`` if not given."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the loss for negative advantages (ppo, decoupled_ppo); off if not given."""
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    """Where the loss's π_old comes from: a forward pass of the learner before each update, or what the generators
+    reported while sampling, which saves that pass and takes their rounding and age for the policy's."""
     rollout_correction: Literal["auto", "none", "tis", "icepop", "sequence_mask"] = "auto"
     """Weight for the gap between the sampler and the learner. auto: tis where the two can differ (bfloat16, staleness,
     nucleus or top-k sampling) and the loss does not correct for it by itself."""
@@ -143,6 +149,13 @@ class AlgoConfig(Section):
             raise ValueError(
                 f"rollout_correction={self.rollout_correction} with policy_loss=decoupled_ppo weights twice by "
                 "π_old / μ; use one of the two"
+            )
+        if self.old_logprobs == "sampler" and (
+            self.policy_loss == "decoupled_ppo" or self.rollout_correction not in ("auto", "none")
+        ):
+            raise ValueError(
+                "old_logprobs=sampler leaves no gap between π_old and the sampler to correct for, but policy_loss="
+                f"{self.policy_loss} and rollout_correction={self.rollout_correction} correct for it; use learner"
             )
         if self.dual_clip is not None and self.policy_loss not in ("ppo", "decoupled_ppo"):
             raise ValueError(f"dual_clip bounds PPO's loss; policy_loss={self.policy_loss} does not know it")

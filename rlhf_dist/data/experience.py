@@ -44,14 +44,40 @@ def join(chunk: pa.Table, parts: Sequence[pa.Table], stage: str) -> pa.Table:
     )
 
 
-def join_batch(chunks: Sequence[pa.Table], stages: Sequence[tuple[str, Sequence[Sequence[pa.Table]]]]) -> pa.Table:
-    """All chunks with the columns of all stages, in the order of the prompt stream."""
-    joined = []
-    for i, chunk in enumerate(chunks):
-        for stage, parts in stages:
-            chunk = join(chunk, parts[i], stage)
-        joined.append(chunk)
-    table = pa.concat_tables(joined, promote_options="permissive")
+def take(table: pa.Table, rows: np.ndarray | None) -> pa.Table:
+    """``rows`` of ``table``; None: all, without a copy."""
+    return table if rows is None else table.take(pa.array(rows))
+
+
+@dataclass(frozen=True)
+class Joinable:
+    """The rows of one chunk that belong to a batch, and what the stages computed for them."""
+
+    chunk: pa.Table
+    rows: np.ndarray | None
+    """None: all of the chunk."""
+    whole: dict[str, list[pa.Table]]
+    """Parts of columns for the whole chunk, by stage."""
+    sliced: dict[str, list[pa.Table]]
+    """Parts of columns for ``rows`` alone, by stage."""
+
+    def join(self, columns: Sequence[str] | None) -> pa.Table:
+        chunk = self.chunk if columns is None else self.chunk.select(columns)
+        for stage, parts in self.whole.items():
+            chunk = join(chunk, parts, stage)
+        chunk = take(chunk, self.rows)
+        for stage, parts in self.sliced.items():
+            chunk = join(chunk, parts, stage)
+        return chunk
+
+
+def join_batch(parts: Sequence[Joinable], columns: Sequence[str] | None = None) -> pa.Table:
+    """All parts of a batch with the columns of all stages, in the order of the prompt stream.
+
+    Args:
+        columns: of the chunks, those that are wanted; default: all.
+    """
+    table = pa.concat_tables([part.join(columns) for part in parts], promote_options="permissive")
     return table.sort_by([("group_id", "ascending"), ("sample_index", "ascending")])
 
 
@@ -120,6 +146,26 @@ def estimate_advantages(
     if algo.mask_truncated:
         table = _mask_truncated(table)
     return schema.check(table, schema.EXPERIENCE, "experience"), metrics
+
+
+def ages(table: pa.Table, version: int) -> dict[str, float]:
+    """How old the trained tokens are, in policy versions, and how far the learner is from who sampled them.
+
+    Args:
+        version: of the policy that computed ``old_logprobs`` and is about to be updated.
+    """
+    trained = Ragged.of(table, "response_mask").values.astype(bool)
+    age = version - Ragged.of(table, "policy_version").values[trained]
+    gap = np.abs(Ragged.of(table, "old_logprobs").values - Ragged.of(table, "rollout_logprobs").values)[trained]
+    metrics = {
+        "train/policy_age": float(age.mean()) if len(age) else 0.0,
+        "train/policy_age_max": float(age.max(initial=0)),
+    }
+    if len(by_age := np.unique(age)) > 1:
+        for a in by_age:
+            metrics[f"train/rollout_logprob_abs_diff/age_{a}"] = float(gap[age == a].mean())
+            metrics[f"train/policy_age_share/age_{a}"] = float((age == a).mean())
+    return metrics
 
 
 def shape_scores(table: pa.Table, reward: RewardConfig, scale: ScoreScale, max_response_length: int) -> np.ndarray:

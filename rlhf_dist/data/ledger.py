@@ -6,80 +6,153 @@ order of events. Groups are numbered in the order of the prompt stream.
     >>> ledger = Ledger(batch_size=2)
     >>> ledger.admit()
     [0, 1]
-    >>> ledger.completed(1); ledger.completed(0); ledger.take_batch()
+    >>> ledger.open_batch(); ledger.completed(1); ledger.take()
+    [1]
+    >>> ledger.completed(0); ledger.take(); ledger.close_batch()
+    [0]
     [0, 1]
     >>> ledger.admit()          # version 1 is not published yet
     []
     >>> ledger.published(1); ledger.admit()
     [2, 3]
-    >>> ledger.discarded(2); ledger.admit()
-    [4]
+
+With ``v`` the policy's version, ``S`` the staleness and ``B`` the batch size:
+
+* **Admission.** A group may be submitted while ``submitted < (v + S + 1) * B``. Its oldest token is of version ``v``,
+  so it must be trained at version ``v + S`` at the latest: its deadline.
+* **Consumption.** A complete group enters the open batch if every other outstanding group can still meet its deadline:
+  for every ``d``, those with a deadline up to ``d`` fit into the places that are left in the batches up to ``d``.
+  Earliest deadlines first, then in order of completion.
+
+Both together never need to drop a group: admission adds a group only where there is a place for it, and consumption
+keeps the places. So nothing is thrown away, and no long response is put off for ever.
 """
 
 from __future__ import annotations
 
 
 class Ledger:
-    """Admission by ``groups_submitted < (version + staleness + 1) * batch_size``; batches in prompt order.
+    """Admission and consumption of groups; see the module's docstring.
 
     Args:
         batch_size: groups per training step.
-        max_staleness: policy versions by which a trained group may be old. Batches are taken in prompt order,
-            which is exact for 0.
+        max_staleness: policy versions by which a trained group may be old; 0 trains every group at its own version.
+        last_version: the version that the last batch makes; no group is admitted that nobody would train.
         version, next_group: where a resumed run continues.
     """
 
-    def __init__(self, batch_size: int, max_staleness: int = 0, version: int = 0, next_group: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        max_staleness: int = 0,
+        last_version: int | None = None,
+        version: int = 0,
+        next_group: int = 0,
+    ) -> None:
         self.batch_size = batch_size
         self.max_staleness = max_staleness
+        self.last_version = last_version
         self.version = version
         self.next_group = next_group
         self.submitted = version * batch_size
-        self.running: set[int] = set()
-        self.complete: set[int] = set()
+        # Groups and their deadlines.
+        self.running: dict[int, int] = {}
+        self.complete: dict[int, int] = {}
+        self.batch: dict[int, int] | None = None
 
     def admit(self) -> list[int]:
         """Groups that may be submitted now; they count as running from here on."""
-        limit = (self.version + self.max_staleness + 1) * self.batch_size
-        groups = list(range(self.next_group, self.next_group + max(0, limit - self.submitted)))
-        self.next_group += len(groups)
-        self.submitted += len(groups)
-        self.running.update(groups)
+        versions = self.version + self.max_staleness + 1
+        if self.last_version is not None:
+            versions = min(versions, self.last_version)
+        count = max(0, versions * self.batch_size - self.submitted)
+        groups = list(range(self.next_group, self.next_group + count))
+        self.next_group += count
+        self.submitted += count
+        self.running |= dict.fromkeys(groups, self.version + self.max_staleness)
         return groups
 
     def completed(self, group: int) -> None:
         """Raises ValueError if the group is not running: it would be trained twice."""
-        self._remove(group)
-        self.complete.add(group)
+        if group not in self.running:
+            raise ValueError(f"group {group} is not running: it was completed already or never submitted")
+        self.complete[group] = self.running.pop(group)
 
-    def discarded(self, group: int) -> None:
-        """A group that shall not be trained; another may be submitted in its place.
+    def open_batch(self) -> None:
+        """Begin the batch of the current version.
 
         Raises:
-            ValueError: the group is not running.
+            ValueError: the one before is still open.
         """
-        self._remove(group)
+        if self.batch is not None:
+            raise ValueError(f"the batch of version {self.version} is open already")
+        self.batch = {}
+
+    def take(self) -> list[int]:
+        """Complete groups that enter the open batch now."""
+        taken: list[int] = []
+        if self.batch is None:
+            return taken
+        room = self._room()
+        # A stable sort: equal deadlines in the order of completion.
+        for group, deadline in sorted(self.complete.items(), key=lambda item: item[1]):
+            if len(self.batch) == self.batch_size or any(room[d] < 1 for d in room if d < deadline):
+                break
+            self.batch[group] = self.complete.pop(group)
+            room = {d: places - (d < deadline) for d, places in room.items()}
+            taken.append(group)
+        return taken
+
+    def _room(self) -> dict[int, int]:
+        """For each deadline ``d``: places in the batches up to ``d`` that no outstanding group due by then needs."""
+        assert self.batch is not None
+        free = self.batch_size - len(self.batch)
+        due = [*self.running.values(), *self.complete.values()]
+        return {
+            d: free + (d - self.version) * self.batch_size - sum(other <= d for other in due)
+            for d in range(self.version, self.version + self.max_staleness + 1)
+        }
+
+    @property
+    def full(self) -> bool:
+        """Whether the open batch has all of its groups."""
+        return self.batch is not None and len(self.batch) == self.batch_size
+
+    def close_batch(self) -> list[int]:
+        """The open batch was trained; returns its groups.
+
+        Raises:
+            ValueError: it is not full.
+        """
+        if not self.full or self.batch is None:
+            raise ValueError(f"a batch of {len(self.batch or ())} groups is not full, it has {self.batch_size}")
+        trained, self.batch = sorted(self.batch), None
+        return trained
+
+    def discarded(self, group: int) -> None:
+        """A group of the open batch that shall not be trained; another may be submitted in its place.
+
+        Raises:
+            ValueError: the group is not in the open batch.
+        """
+        if self.batch is None or group not in self.batch:
+            raise ValueError(f"group {group} is not in the open batch")
+        del self.batch[group]
         self.submitted -= 1
 
     def lost(self, groups: list[int]) -> list[int]:
-        """Groups to submit again after a generator died: those of ``groups`` that are still running."""
-        return sorted(self.running.intersection(groups))
+        """Groups to submit again after a generator died: those of ``groups`` that are still running.
 
-    def take_batch(self) -> list[int] | None:
-        """The next batch if all of its groups are complete, else None."""
-        batch = sorted(self.running | self.complete)[: self.batch_size]
-        if len(batch) < self.batch_size or not self.complete.issuperset(batch):
-            return None
-        self.complete.difference_update(batch)
-        return batch
+        They start anew under the current version, which puts off their deadlines.
+        """
+        again = sorted(self.running.keys() & set(groups))
+        self.running |= dict.fromkeys(again, self.version + self.max_staleness)
+        return again
 
     def published(self, version: int) -> None:
-        """A new policy version serves. Raises ValueError if it is not the next one."""
+        """A new policy version. Raises ValueError if it is not the next one, or a batch is open."""
         if version != self.version + 1:
             raise ValueError(f"version {version} was published after version {self.version}")
+        if self.batch is not None:
+            raise ValueError(f"version {version} was published while the batch of version {self.version} is open")
         self.version = version
-
-    def _remove(self, group: int) -> None:
-        if group not in self.running:
-            raise ValueError(f"group {group} is not running: it was completed already or never submitted")
-        self.running.remove(group)

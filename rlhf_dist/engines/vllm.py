@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vllm.config import WeightTransferConfig
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
+from rlhf_dist import schema
 from rlhf_dist.config import GeneratorConfig, ModelConfig, RolloutConfig, WeightSyncConfig
 from rlhf_dist.engines import weight_sync
 from rlhf_dist.engines.shards import Shard, WeightSyncError
@@ -40,6 +42,7 @@ FROM_DISK = -1
 class Sample:
     """One finished response."""
 
+    lane: int
     group_id: int
     sample_index: int
     prompt_id: int
@@ -47,14 +50,15 @@ class Sample:
     response_ids: list[int]
     logprobs: list[float]
     finish_reason: str
-    policy_version: int
+    policy_versions: np.ndarray
+    """Of each token of the response."""
 
 
 @dataclass
 class TextScores:
     """Next-token distributions at every token of a text but the first: the ``k`` most likely tokens of each."""
 
-    group_id: int
+    row: int
     """The caller's number."""
     token_ids: np.ndarray
     """``[n - 1, k]`` int32, most likely first."""
@@ -75,6 +79,10 @@ class SyncRecord:
     """Largest difference of the canary's log-probabilities, learner against generator, new weights."""
     canary_diff_old: float = float("nan")
     """The same against the generator's previous weights: what a skipped load would show."""
+    reloaded_after: str = ""
+    """Why the first attempt failed, if it did."""
+    in_flight: int = 0
+    """Requests that were running and ran on."""
 
     @property
     def canary_tells_apart(self) -> bool:
@@ -84,18 +92,34 @@ class SyncRecord:
 
 @dataclass
 class _Pending:
+    """A sample that is asked for."""
+
+    lane: int
     prompt_id: int
     group_id: int
     sample_index: int
     prompt_ids: np.ndarray
-    version: int = field(default=FROM_DISK)
+    seed: int
+    version: int
+    """No token may come from older weights."""
+    salt: int = FROM_DISK
+    """The version under which it entered vLLM, and whose cache it may share."""
+
+    @property
+    def request(self) -> str:
+        return f"{self.lane}-{self.group_id}-{self.sample_index}"
 
 
 class GeneratorEngine:
     """vLLM behind four verbs: ``add``, ``step``, ``load``, ``canary``. Not thread-safe: one thread owns it.
 
     ``load`` is ``start_weight_update``, ``update_weights``, ``finish_weight_update`` and ``gate`` in one; transports
-    that push call them one by one. From the start of an update until its gate has passed, ``add`` refuses.
+    that push call them one by one. From the start of an update until its gate has passed nothing new begins, and what
+    finishes is held.
+
+    With ``rollout.in_flight_updates`` ``keep`` or ``recompute``, an update comes between two steps of requests that
+    run on: their later tokens are of the new version, and each token says of which it is. Requests wait here, not in
+    vLLM, until there is room for them, so that none takes the salt of a version and starts under the next.
     """
 
     def __init__(
@@ -119,13 +143,17 @@ class GeneratorEngine:
         self.rollout = rollout
         self.stop_token_ids = stop_token_ids
         self.version = FROM_DISK
+        self.max_num_seqs = generator.max_num_seqs
+        self.shares_prefixes = generator.enable_prefix_caching
         self.staged = generator.tensor_parallel_size > 1
         self._canary_old: np.ndarray | None = None
         self._verified = not from_learner
         self._update = SyncRecord(FROM_DISK, 0, 0)
         self._broken: str | None = None
+        self._queue: deque[_Pending] = deque()
         self._pending: dict[str, _Pending] = {}
         self._texts: dict[str, tuple[int, int, int]] = {}
+        self._held: list[Any] = []
         self.llm = LLM(
             model=model_path,
             dtype=model.dtype,
@@ -138,10 +166,13 @@ class GeneratorEngine:
             max_logprobs=max_logprobs,
             tensor_parallel_size=generator.tensor_parallel_size,
             distributed_executor_backend="mp" if self.staged else None,
-            max_num_seqs=generator.max_num_seqs,
+            # One more, so that the canary never waits for a place.
+            max_num_seqs=generator.max_num_seqs + 1,
             enforce_eager=generator.enforce_eager,
             enable_prefix_caching=generator.enable_prefix_caching,
             seed=seed,
+            # A step ahead, vLLM would label the last token before an update with the version after it.
+            async_scheduling=None if rollout.in_flight_updates == "drain" else False,
             disable_log_stats=True,
             # Processed log-probabilities include the temperature, as the learner's do.
             logprobs_mode="processed_logprobs",
@@ -149,43 +180,67 @@ class GeneratorEngine:
             **_device_options(generator, context),
         )
         self.engine = self.llm.llm_engine
+        self.engine.set_weight_version(str(FROM_DISK))
         if sync.transport == weight_sync.BACKEND:
             self.init_weight_transfer_engine({})
 
     @property
-    def busy(self) -> bool:
-        return bool(self._pending or self._texts)
+    def running(self) -> int:
+        """Requests inside vLLM."""
+        return len(self._pending) + len(self._texts)
+
+    @property
+    def active(self) -> bool:
+        """Whether :meth:`step` has something to do: nothing is decoded in the middle of an update."""
+        return self._verified and bool(self.running or self._can_begin())
 
     def add(
-        self, prompt_id: int, group_id: int, sample_index: int, prompt_ids: np.ndarray, seed: int, greedy: bool
+        self,
+        lane: int,
+        prompt_id: int,
+        group_id: int,
+        sample_index: int,
+        prompt_ids: np.ndarray,
+        seed: int,
+        version: int = FROM_DISK,
     ) -> None:
         """Queue one sample. Equal seed, weights and prompt give equal tokens, whatever else is in the batch.
 
-        Raises:
-            WeightSyncError: the weights have not passed the gate.
+        Args:
+            sample_index: ``schema.GREEDY`` for a greedy response.
+            version: it waits until these weights, or newer ones, have passed the gate.
         """
-        if not self._verified:
-            raise WeightSyncError("nothing can be sampled before a weight update has passed the gate")
-        request = f"{group_id}-{sample_index}"
-        params = SamplingParams(
-            temperature=0.0 if greedy else self.rollout.temperature,
-            top_p=1.0 if greedy else self.rollout.top_p,
-            top_k=0 if greedy else self.rollout.top_k,
-            max_tokens=self.rollout.max_response_length,
-            stop_token_ids=self.stop_token_ids,
-            stop=self.rollout.stop or None,
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=bool(self.rollout.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        # A cache entry of another version would mix policies inside one sample.
-        prompt = TokensPrompt(prompt_token_ids=prompt_ids.tolist(), cache_salt=str(self.version))
-        self.engine.add_request(request, prompt, params)
-        self._pending[request] = _Pending(prompt_id, group_id, sample_index, prompt_ids, self.version)
+        self._queue.append(_Pending(lane, prompt_id, group_id, sample_index, prompt_ids, seed, version))
 
-    def add_text(self, group_id: int, token_ids: np.ndarray, k: int) -> None:
+    def _can_begin(self) -> bool:
+        ready = self._queue and self._queue[0].version <= self.version
+        return bool(ready) and self._verified and self.running < self.max_num_seqs
+
+    def _begin(self) -> None:
+        """Move requests into vLLM while there is room."""
+        while self._can_begin():
+            pending = self._queue.popleft()
+            pending.salt = self.version
+            greedy = pending.sample_index == schema.GREEDY
+            params = SamplingParams(
+                temperature=0.0 if greedy else self.rollout.temperature,
+                top_p=1.0 if greedy else self.rollout.top_p,
+                top_k=0 if greedy else self.rollout.top_k,
+                max_tokens=self.rollout.max_response_length,
+                stop_token_ids=self.stop_token_ids,
+                stop=self.rollout.stop or None,
+                seed=pending.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=bool(self.rollout.stop),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            # A cache entry of another version would mix policies inside one sample.
+            prompt = TokensPrompt(prompt_token_ids=pending.prompt_ids.tolist(), cache_salt=str(pending.salt))
+            self.engine.add_request(pending.request, prompt, params)
+            self._pending[pending.request] = pending
+
+    def add_text(self, row: int, token_ids: np.ndarray, k: int) -> None:
         """Queue a text whose next-token distributions are wanted.
 
         Raises:
@@ -193,7 +248,7 @@ class GeneratorEngine:
         """
         if not self._verified:
             raise WeightSyncError("nothing can be scored before a weight update has passed the gate")
-        request = f"text-{group_id}"
+        request = f"text-{row}"
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -204,28 +259,45 @@ class GeneratorEngine:
         )
         prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self.version))
         self.engine.add_request(request, prompt, params)
-        self._texts[request] = (group_id, len(token_ids), k)
+        self._texts[request] = (row, len(token_ids), k)
 
-    def step(self) -> list[Sample | TextScores]:
-        """Decode one token of every running request; returns what finished."""
-        finished = [out for out in self.engine.step() if out.finished]
-        return [self._scores(out) if out.request_id in self._texts else self._sample(out) for out in finished]
+    def step(self, begin: bool = True) -> tuple[list[Sample], list[TextScores]]:
+        """Decode one token of every running request; returns what finished.
+
+        Args:
+            begin: whether requests that wait may begin.
+        """
+        if begin:
+            self._begin()
+        finished = self._held + [out for out in self.engine.step() if out.finished]
+        self._held = []
+        texts = [self._scores(out) for out in finished if out.request_id in self._texts]
+        samples = [self._sample(out) for out in finished if out.request_id in self._pending]
+        return [s for s in samples if s is not None], texts
 
     def _scores(self, out: Any) -> TextScores:
-        group_id, length, k = self._texts.pop(out.request_id)
+        row, length, k = self._texts.pop(out.request_id)
         flat = out.prompt_logprobs
         # For each token but the first: the token that stands there, then the k most likely ones.
         shape = (length - 1, k + 1)
         return TextScores(
-            group_id=group_id,
+            row=row,
             token_ids=np.array(flat.token_ids, np.int32).reshape(shape)[:, 1:],
             logprobs=np.array(flat.logprobs, np.float32).reshape(shape)[:, 1:],
         )
 
-    def _sample(self, out: Any) -> Sample:
+    def _sample(self, out: Any) -> Sample | None:
+        """None: the sample has to be taken again."""
         pending = self._pending.pop(out.request_id)
         completion = out.outputs[0]
+        spans = completion.weight_versions
+        if self.shares_prefixes and self.rollout.in_flight_updates == "keep" and int(spans[0].version) != pending.salt:
+            # vLLM had no room for it before the weights changed. With the salt of the old version it may have shared
+            # that version's cache of the prompt.
+            self._queue.appendleft(pending)
+            return None
         return Sample(
+            lane=pending.lane,
             group_id=pending.group_id,
             sample_index=pending.sample_index,
             prompt_id=pending.prompt_id,
@@ -233,11 +305,11 @@ class GeneratorEngine:
             response_ids=list(completion.token_ids),
             logprobs=list(completion.logprobs.logprobs),
             finish_reason=completion.finish_reason,
-            policy_version=pending.version,
+            policy_versions=np.repeat([int(s.version) for s in spans], [s.end - s.start for s in spans]),
         )
 
     def load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
-        """Load one version and pass the gate, or raise.
+        """Load one version and pass the gate; what fails is loaded once more from scratch.
 
         Args:
             canary_ids: ``[C]`` tokens of the fixed canary prompt.
@@ -246,6 +318,16 @@ class GeneratorEngine:
         Raises:
             WeightSyncError: names version and tensor, or the canary's difference.
         """
+        try:
+            return self._load(version, shards, canary_ids, expected)
+        except WeightSyncError as first:
+            if self._broken:
+                raise
+            record = self._load(version, shards, canary_ids, expected)
+            record.reloaded_after = str(first)
+            return record
+
+    def _load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
         staged = weight_sync.StagedShards(shards) if self.staged else None
         try:
             self.start_weight_update()
@@ -256,23 +338,30 @@ class GeneratorEngine:
                 staged.release()
         return self.gate(version, canary_ids, expected)
 
+    def _restart_running(self) -> None:
+        """Take back every sample that is under way: its last tokens come from weights that cannot be trusted."""
+        self.engine.abort_request(list(self._pending))
+        self._queue.extendleft(reversed(self._pending.values()))
+        self._pending.clear()
+        self._held.clear()
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Connect to the learner; ``init_info`` is the transport's own."""
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Begin an update, between two steps; nothing may be running.
+        """Begin an update, between two steps.
 
         Raises:
-            WeightSyncError: requests are running, or tensor-parallel workers failed in an earlier update.
+            WeightSyncError: requests are running that must be finished first, or tensor-parallel workers failed in an
+                earlier update.
         """
-        if self.busy:
-            running = len(self._pending) + len(self._texts)
-            raise WeightSyncError(f"weights cannot be loaded while {running} requests are running")
+        if self.running and self.rollout.in_flight_updates == "drain":
+            raise WeightSyncError(f"weights cannot be loaded while {self.running} requests are running")
         if self._broken:
             raise WeightSyncError(f"the workers have failed in an earlier update, start them anew: {self._broken}")
         self._verified = False
-        self._update = SyncRecord(FROM_DISK, 0, 0, load_seconds=-time.perf_counter())
+        self._update = SyncRecord(FROM_DISK, 0, 0, load_seconds=-time.perf_counter(), in_flight=self.running)
         self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -297,8 +386,8 @@ class GeneratorEngine:
     def finish_weight_update(self, version: int) -> None:
         """The last payload is in; :meth:`gate` must pass before anything is sampled."""
         self.llm.finish_weight_update(weight_version=str(version))
-        # Frees the cache of the old version; cache_salt keeps versions apart even where this cannot.
-        self.llm.reset_prefix_cache()
+        # Frees the cache of the old version; cache_salt keeps versions apart where this cannot, since requests run on.
+        self.engine.reset_prefix_cache(reset_running_requests=self.rollout.in_flight_updates == "recompute")
         self._update.version = version
         self._update.load_seconds += time.perf_counter()
 
@@ -314,6 +403,7 @@ class GeneratorEngine:
             record.canary_diff_old = float(np.abs(self._canary_old - expected).max())
         record.verify_seconds = time.perf_counter() - started
         if not record.canary_diff <= self.tolerance:  # also catches NaN
+            self._restart_running()
             raise WeightSyncError(
                 f"canary of version {version}: log-probabilities of learner and generator differ by "
                 f"{record.canary_diff:.3g}, allowed are {self.tolerance:.3g} ({self.dtype})"
@@ -329,10 +419,12 @@ class GeneratorEngine:
         # Weights that failed the gate and the next attempt may have one version, so the version is no salt here.
         prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"canary-{time.monotonic_ns()}")
         self.engine.add_request("canary", prompt, params)
-        finished: list[Any] = []
-        while not finished:
-            finished = [out for out in self.engine.step() if out.finished]
-        positions = finished[0].prompt_logprobs[1:]  # nothing precedes the first token
+        finished: dict[str, Any] = {}
+        while "canary" not in finished:
+            # Requests that run on get a token of the new version; it leaves when the gate has passed.
+            finished = {out.request_id: out for out in self.engine.step() if out.finished}
+            self._held += [out for request, out in finished.items() if request != "canary"]
+        positions = finished["canary"].prompt_logprobs[1:]  # nothing precedes the first token
         return np.array([p[int(t)].logprob for p, t in zip(positions, token_ids[1:], strict=True)], np.float32)
 
 

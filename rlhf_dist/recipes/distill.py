@@ -30,7 +30,7 @@ def distill(run: Run, model_path: str) -> str:
     table, report = load_table("distillation", run.cfg, run.tokenizer_dir)
     run.note_rows("demonstrations", report)
     rows = report["rows"]
-    teacher = groups.GeneratorGroup(run, cfg.teacher or model_path, from_learner=False, context=report["longest"] + 1)
+    teacher = groups.generators(run, cfg.teacher or model_path, from_learner=False, context=report["longest"] + 1)
     run.start(generator=teacher)
     calls = np.array_split(np.arange(rows), -(-rows // ROWS_PER_CALL))
     with run.terminal.stage("teacher", rows) as bar:

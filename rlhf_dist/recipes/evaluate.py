@@ -11,7 +11,7 @@ from typing import Any
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
-from rlhf_dist.actors.dispatch import generate
+from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
 from rlhf_dist.recipes import groups
@@ -26,7 +26,7 @@ class Evaluator:
     """Samples the held-out prompts with the newest policy and scores them with everything that is there."""
 
     run: Run
-    generators: groups.GeneratorGroup
+    generators: GeneratorGroup
     experience: ExperienceGroup
     reward: ScorerGroup | ShardedReward | None = None
     reference: ReferenceGroup | ShardedReference | None = None
@@ -55,7 +55,7 @@ class Evaluator:
 
     def _sample(self, n: int, greedy: bool) -> dict[str, Any]:
         ids = [(FIRST_GROUP + i, i) for i in range(self.count)]
-        rollouts = generate(self.generators.actors, self.prompts, ids, n, greedy)
+        rollouts = self.generators.generate(self.prompts, ids, n, greedy)
         columns = []
         if self.reward is not None:
             columns.append(self.reward.score(rollouts, self.prompts))
@@ -81,7 +81,7 @@ def compare(run: Run, policies: dict[str, str]) -> None:
     first = next(iter(policies.values()))
     results = {}
     for name, path in policies.items():
-        generators = groups.GeneratorGroup(run, path, from_learner=False)
+        generators = groups.generators(run, path, from_learner=False)
         experience = groups.experience(run)
         metrics = groups.evaluation_metrics(run)
         reward = None if run.cfg.trains_reward else groups.reward(run, None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Literal
 
-import numpy as np
-from ray import ObjectRef
-
+from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
-from rlhf_dist.actors.group import Group, Holder, Resources
+from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec, ObjectiveName
 from rlhf_dist.actors.scorer import (
     Reference,
@@ -23,34 +22,27 @@ from rlhf_dist.config import LearnerConfig, OptimConfig, ReplicaConfig, RewardCo
 from rlhf_dist.run import Run
 
 
-class GeneratorGroup(Holder):
+def generators(run: Run, model_path: str, from_learner: bool, context: int | None = None) -> GeneratorGroup:
     """The vLLM engines.
 
     Args:
         context: tokens that a request may have in all; by default the longest prompt and response.
     """
-
-    def __init__(self, run: Run, model_path: str, from_learner: bool, context: int | None = None) -> None:
-        g, r = run.cfg.generator, run.cfg.rollout
-        tokens = context or r.max_prompt_length + r.max_response_length
-        # Calls of one engine overlap: a weight update comes in while a stream is open.
-        group = Group(
-            "generator",
-            Generator,
-            g.replicas,
-            Resources(g.cpus * g.tensor_parallel_size, g.gpus, g.resources),
-            lambda i: (i, model_path, run.cfg, [run.eos_id], from_learner, tokens),
-            strategy=run.cfg.cluster.placement,
-            seconds=run.cfg.run.startup_limit,
-            concurrency=4,
-        )
-        super().__init__(group)
-        self.actors = group.actors
-
-    def next_tokens(self, call: int, table: ObjectRef, rows: np.ndarray, k: int) -> tuple[ObjectRef, ObjectRef]:
-        """References to the number of rows and to their columns; calls go round."""
-        next_tokens: Any = self.actors[call % len(self.actors)].next_tokens.options(num_returns=2)
-        return tuple(next_tokens.remote(table, rows, k))
+    g, r = run.cfg.generator, run.cfg.rollout
+    tokens = context or r.max_prompt_length + r.max_response_length
+    group = Group(
+        "generator",
+        Generator,
+        g.replicas,
+        Resources(g.cpus * g.tensor_parallel_size, g.gpus, g.resources),
+        lambda i: (i, model_path, run.cfg, [run.eos_id], from_learner, tokens),
+        strategy=run.cfg.cluster.placement,
+        seconds=run.cfg.run.startup_limit,
+        # Calls of one engine overlap: the one that waits for chunks, groups that are submitted, weights that load.
+        concurrency=8,
+    )
+    # A quarter more than an engine decodes at once, so that it never waits for the driver.
+    return GeneratorGroup(group, g.max_num_seqs + math.ceil(g.max_num_seqs / 4))
 
 
 def learner(

@@ -8,10 +8,11 @@ Source: Ouyang et al., 2203.02155.
 
 from __future__ import annotations
 
+import time
+
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import concatenate, load_table
-from rlhf_dist.actors.dispatch import generate
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.distill import distill
 from rlhf_dist.recipes.dpo import dpo
@@ -48,15 +49,15 @@ def pipeline(run: Run) -> str:
 def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:
     """Responses of the SFT policy to training prompts; ``schema.ROLLOUT``."""
     world = run.cfg.data.world
-    generators = groups.GeneratorGroup(run, policy_path, from_learner=False)
+    generators = groups.generators(run, policy_path, from_learner=False)
     run.start(generator=generators)
     prompts, report = load_table("prompts", run.cfg, run.tokenizer_dir, "train")
     wanted = round(world.comparisons * world.sampled_pairs)
     ids = [(2 * FIRST_GROUP + i, i) for i in range(min(wanted, report["rows"]))]
     with run.terminal.stage("sampling comparisons", len(ids)) as bar:
-        rollouts = generate(generators.actors, prompts, ids, SAMPLES_PER_PROMPT).wait(run.cfg.run.wait_limit)
-        bar.update(
-            len(ids), {"samples": rollouts.samples, "tokens/s": rollouts.response_tokens / rollouts.generate_seconds}
-        )
+        started = time.monotonic()
+        rollouts = generators.generate(prompts, ids, SAMPLES_PER_PROMPT).wait(run.cfg.run.wait_limit)
+        seconds = time.monotonic() - started
+        bar.update(len(ids), {"samples": rollouts.samples, "tokens/s": rollouts.response_tokens / seconds})
     run.finish_stage()
-    return concatenate([chunk.table for chunk in rollouts.chunks])
+    return concatenate([part.chunk.table for part in rollouts.slices])

@@ -17,9 +17,9 @@ import torch
 from tiny import LLAMA, SPECIAL, comparisons, experience
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_dist.actors.dispatch import Chunk, ChunkInfo, RolloutBatch
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
+from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
 from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
@@ -196,8 +196,9 @@ def test_the_first_step_is_that_of_plain_torch(one_rank: Any, folders: Path) -> 
 
 
 def one_chunk(table: pa.Table) -> RolloutBatch:
-    batch = RolloutBatch(range(table.num_rows))
-    batch.add(Chunk(ChunkInfo(tuple(range(table.num_rows)), table.num_rows, 0, 0, 0.0), ray.put(table)))
+    groups, none = tuple(range(table.num_rows)), (0,) * table.num_rows
+    batch = RolloutBatch(len(groups))
+    batch.add(Slice(Chunk(0, ChunkInfo(0, groups, 1, none, none), ray.put(table)), groups))
     return batch
 
 
@@ -206,11 +207,11 @@ def test_a_sharded_reference_gives_what_a_replica_gives(folders: Path) -> None:
     arguments = (str(folders / "policy"), ModelConfig(path="-"), 0.8, BUDGET, 0)
     replica = Group("reference", Reference, 1, Resources(1), lambda _: arguments, strategy="PACK", seconds=SECONDS)
     replica.wait_ready()
-    [part] = ReferenceGroup(replica).logprobs(one_chunk(table)).parts
+    part = ReferenceGroup(replica).logprobs(one_chunk(table)).parts[0]
     one = join(table, ray.get(part), "reference")
     replica.release()
     with running(spec_of(folders, None, 2, 3)) as group:
-        [parts] = group.logprobs(one_chunk(table), "ref_logprobs").parts
+        parts = group.logprobs(one_chunk(table), "ref_logprobs").parts[0]
         tables = ray.get(parts)
     assert all(t.num_rows for t in tables), "both ranks took part"
     two = join(table, tables, "reference")

@@ -160,9 +160,11 @@ def test_pushed_weights_pass_the_gate_of_a_real_generator(tmp_path: Path) -> Non
             push(2)
         # Nothing is sampled from what failed the gate.
         prompts = ray.put(experience([(3, 1)]).select(["prompt_id", "prompt_ids"]))
-        stream = generators[0].generate.remote(prompts, [(0, 0)], 1, False)
-        with pytest.raises(ray.exceptions.RayTaskError, match="before a weight update has passed the gate"):
-            ray.get(next(stream))
+        generators[0].submit.remote(0, prompts, [(0, 0)], 1, False, 1)
+        info, table = generators[0].next_chunk.options(num_returns=2).remote()
+        assert ray.wait([info], timeout=3)[0] == []
         assert push(3)["canary_diff"] < 1e-4
+        assert ray.get(info).groups == (0,)
+        assert set(ray.get(table)["policy_version"].to_pylist()[0]) == {3}
         with pytest.raises(WorkerFailed, match="this rank has failed"):
             push(4)

@@ -50,16 +50,22 @@ def check_sync(engine: Any, model: PreTrainedModel, version: int) -> None:
         assert record.canary_tells_apart
 
 
+def finish(engine: Any) -> list[Any]:
+    """Everything that is running or waiting and may begin."""
+    samples: list[Any] = []
+    while engine.active:
+        samples += engine.step()[0]
+    return samples
+
+
 def sampled_difference(engine: Any, model: PreTrainedModel) -> float:
     """Largest difference of one response's log-probabilities, generator against learner."""
     prompt = CANARY[:7]
-    engine.add(0, 0, 0, prompt, 3, False)
-    samples: list[Any] = []
-    while engine.busy:
-        samples += engine.step()
+    engine.add(0, 0, 0, 0, prompt, 3)
+    samples = finish(engine)
     response = np.array(samples[0].response_ids, np.int32)
     assert len(response) == 16
-    assert samples[0].policy_version == engine.version
+    assert set(samples[0].policy_versions) == {engine.version}
     expected = logprobs(model, np.concatenate([prompt, response]))[len(prompt) - 1 :]
     return float(np.abs(np.array(samples[0].logprobs) - expected).max())
 
@@ -202,6 +208,14 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PreTraine
     return generator_engine(folder), model
 
 
+def check_that_nothing_is_sampled(engine: Any) -> None:
+    """One request is queued, and waits."""
+    engine.add(0, 0, 7, 0, CANARY[:3], 0)
+    with pytest.raises(WeightSyncError, match="before a weight update has passed the gate"):
+        engine.add_text(0, CANARY[:3], 1)
+    assert not engine.active
+
+
 def advance(engine: Any, model: PreTrainedModel) -> None:
     """The next version, with other weights."""
     perturb(model, engine.version + 1)
@@ -219,10 +233,9 @@ def test_a_fault_is_refused_and_named_and_the_next_load_is_right(
     break_, message = FAULTS[fault]
     with pytest.raises(WeightSyncError, match=message.format(v=version, old=version - 1)):
         engine.load(version, break_(shards_of(model, version)), CANARY, logprobs(model, CANARY))
-    with pytest.raises(WeightSyncError, match="before a weight update has passed the gate"):
-        engine.add(0, 0, 0, CANARY[:3], 0, False)
-    assert not engine.busy
+    check_that_nothing_is_sampled(engine)
     check_sync(engine, model, version)
+    assert [set(s.policy_versions) for s in finish(engine)] == [{version}]
     assert sampled_difference(engine, model) < TOLERANCE
 
 
@@ -237,17 +250,6 @@ def test_a_learner_with_other_logprobs_is_refused(tied_llama: tuple[Any, PreTrai
     advance(engine, model)
 
 
-def test_nothing_is_loaded_while_requests_run(tied_llama: tuple[Any, PreTrainedModel]) -> None:
-    engine, model = tied_llama
-    advance(engine, model)
-    engine.add(0, 0, 0, CANARY[:3], 0, False)
-    with pytest.raises(WeightSyncError, match="while 1 requests are running"):
-        engine.load(engine.version + 1, shards_of(model, engine.version + 1), CANARY, logprobs(model, CANARY))
-    while engine.busy:
-        engine.step()
-    advance(engine, model)
-
-
 def test_a_pushed_update_passes_the_same_gate(tied_llama: tuple[Any, PreTrainedModel]) -> None:
     """The four calls that vLLM's own transports make, in their order, and what happens out of it."""
     engine, model = tied_llama
@@ -257,14 +259,14 @@ def test_a_pushed_update_passes_the_same_gate(tied_llama: tuple[Any, PreTrainedM
     engine.start_weight_update()
     engine.update_weights({"version": version, "shards": shards_of(model, version)})
     engine.finish_weight_update(version)
-    with pytest.raises(WeightSyncError, match="before a weight update has passed the gate"):
-        engine.add(0, 0, 0, CANARY[:3], 0, False)
+    check_that_nothing_is_sampled(engine)
     with pytest.raises(WeightSyncError, match=f"version {version + 1} is expected, {version} was loaded"):
         engine.gate(version + 1, CANARY, expected)
     record = engine.gate(version, CANARY, expected)
     assert record.canary_diff < TOLERANCE
     assert record.nbytes == sum(p.numel() * 4 for p in model.parameters())
     assert 0 < record.load_seconds < 60
+    assert [set(s.policy_versions) for s in finish(engine)] == [{version}]
     assert sampled_difference(engine, model) < TOLERANCE
 
 

@@ -13,6 +13,7 @@ from tiny import ragged, rollouts
 from rlhf_dist import schema
 from rlhf_dist.config import AlgoConfig, RewardConfig
 from rlhf_dist.data.experience import (
+    Joinable,
     ScoreScale,
     estimate_advantages,
     groups_without_spread,
@@ -64,10 +65,27 @@ def test_a_row_that_is_missing_or_there_twice(rows: list[int]) -> None:
         join(rollouts(SHAPE), [scored(rows)], "critic")
 
 
+def whole(chunk: pa.Table, scores: pa.Table) -> Joinable:
+    return Joinable(chunk, None, {"reward": [scores]}, {})
+
+
+def test_a_slice_of_a_chunk_has_its_own_rows_of_every_stage() -> None:
+    chunk, rows = rollouts([(1, 2)] * 6, n_samples=2), np.array([4, 5, 0, 1])
+    values = part([0, 1, 2, 3], values=ragged([2] * 4, lambda n: np.full(n, 7), pa.float32()))
+    sliced = Joinable(chunk, rows, {"reward": [scored([0, 1, 2, 3, 4, 5])]}, {"critic": [values]})
+    joined = join_batch([sliced])
+    assert joined["group_id"].to_pylist() == [0, 0, 2, 2]
+    assert joined["score"].to_pylist() == [0, 10, 40, 50]
+    assert joined["values"].to_pylist() == [[7, 7]] * 4
+    narrow = join_batch([Joinable(chunk, rows, {"reward": [scored(range(6))]}, {})], ["group_id", "sample_index"])
+    assert narrow.column_names == ["group_id", "sample_index", "score"]
+    assert narrow["score"].to_pylist() == [0, 10, 40, 50]
+
+
 def test_chunks_arrive_in_any_order_and_come_out_by_group_and_sample() -> None:
     table = rollouts([(1, 2)] * 6, n_samples=2)
     late, early = table.slice(4), table.take(pa.array([1, 0, 3, 2]))
-    joined = join_batch([late, early], [("reward", [[scored([0, 1])], [scored([0, 1, 2, 3])]])])
+    joined = join_batch([whole(late, scored([0, 1])), whole(early, scored([0, 1, 2, 3]))])
     assert joined["group_id"].to_pylist() == [0, 0, 1, 1, 2, 2]
     assert joined["sample_index"].to_pylist() == [0, 1, 0, 1, 0, 1]
     assert joined["score"].to_pylist() == [10, 0, 30, 20, 0, 10]
@@ -79,7 +97,7 @@ def test_chunks_whose_dictionaries_differ() -> None:
     i = table.column_names.index("finish_reason")
     reasons = [pa.array(r).dictionary_encode() for r in (["stop", "length"], ["length", "stop"])]
     chunks = [table.slice(2 * n, 2).set_column(i, "finish_reason", r) for n, r in enumerate(reasons)]
-    joined = join_batch(chunks, [("reward", [[scored([0, 1])], [scored([0, 1])]])])
+    joined = join_batch([whole(chunk, scored([0, 1])) for chunk in chunks])
     assert joined["finish_reason"].to_pylist() == ["stop", "length", "length", "stop"]
 
 

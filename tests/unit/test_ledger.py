@@ -1,9 +1,9 @@
-"""The ledger under any order of events: admission bounded by staleness, nothing lost, nothing trained twice."""
+"""The ledger under any order of events: ages bounded, nothing lost, nothing trained twice, nothing ever stuck."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -23,6 +23,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.sampled_under: dict[int, int] = {}
         self.at_generators: set[int] = set()
         self.finished: set[int] = set()
+        self.open: list[int] | None = None
         self.trained: list[int] = []
 
     @rule()
@@ -56,32 +57,65 @@ class LedgerMachine(RuleBasedStateMachine):
         assert again == sorted(self.at_generators.intersection(held)), "exactly its unfinished groups"
         self.sampled_under |= dict.fromkeys(again, self.version)
 
-    @precondition(lambda self: self.at_generators)
+    # One batch between two versions: the loop trains, then publishes.
+    @precondition(lambda self: self.open is None and len(self.trained) // self.batch + self.resumed_at == self.version)
+    @rule()
+    def open_batch(self) -> None:
+        self.ledger.open_batch()
+        self.open = []
+        self.take()
+
+    @precondition(lambda self: self.open is not None)
+    @rule()
+    def take(self) -> None:
+        assert self.open is not None
+        taken = self.ledger.take()
+        assert self.finished.issuperset(taken)
+        assert not set(taken) & set(self.trained + self.open)
+        self.open += taken
+        waiting = self.finished - self.discarded - set(self.trained) - set(self.open)
+        if waiting and len(self.open) < self.batch:
+            # What is complete stays outside for one reason only: others need the places to meet their deadlines.
+            assert self.at_generators
+            assert not self.meets_deadlines(without_places=1)
+
+    def meets_deadlines(self, without_places: int) -> bool:
+        """Whether groups that are still running can be trained in time, one batch a version, with places taken away."""
+        assert self.open is not None
+        places = self.batch - len(self.open) - without_places
+        return all(
+            sum(self.sampled_under[g] + self.staleness <= d for g in self.at_generators)
+            <= places + (d - self.version) * self.batch
+            for d in range(self.version, self.version + self.staleness)
+        )
+
+    @precondition(lambda self: self.open)
     @rule(data=st.data())
     def discard(self, data: st.DataObject) -> None:
-        group = data.draw(st.sampled_from(sorted(self.at_generators)))
-        self.at_generators.remove(group)
+        assert self.open is not None
+        group = data.draw(st.sampled_from(sorted(self.open)))
+        self.open.remove(group)
         self.discarded.add(group)
         self.ledger.discarded(group)
-        with pytest.raises(ValueError, match=f"group {group} is not running"):
-            self.ledger.completed(group)
+        with pytest.raises(ValueError, match=f"group {group} is not in the open batch"):
+            self.ledger.discarded(group)
 
-    # One batch between two versions: the loop trains, then publishes.
-    @precondition(lambda self: len(self.trained) // self.batch + self.resumed_at == self.version)
+    @precondition(lambda self: self.open is not None)
     @rule()
     def train(self) -> None:
-        waiting = sorted(self.sampled_under.keys() - self.discarded - set(self.trained))
-        batch = self.ledger.take_batch()
-        if batch is None:
-            assert len(waiting) < self.batch or not self.finished.issuperset(waiting[: self.batch])
+        assert self.open is not None
+        if len(self.open) < self.batch:
+            assert not self.ledger.full
+            with pytest.raises(ValueError, match="is not full"):
+                self.ledger.close_batch()
             return
-        assert batch == waiting[: self.batch], "in the order of the prompts"
-        assert self.finished.issuperset(batch)
-        ages = [self.version - self.sampled_under[g] for g in batch]
+        ages = [self.version - self.sampled_under[g] for g in self.open]
         assert max(ages) <= self.staleness
-        self.trained += batch
+        assert self.ledger.close_batch() == sorted(self.open)
+        self.trained += self.open
+        self.open = None
 
-    @precondition(lambda self: len(self.trained) // self.batch + self.resumed_at == self.version + 1)
+    @precondition(lambda self: self.open is None and len(self.trained) // self.batch + self.resumed_at > self.version)
     @rule()
     def publish(self) -> None:
         self.version += 1
@@ -97,32 +131,116 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.submitted <= (self.version + self.staleness + 1) * self.batch
         kept = len(self.sampled_under) - len(self.discarded)
         assert self.ledger.submitted == self.resumed_at * self.batch + kept
-        assert self.ledger.running == self.at_generators
-        assert self.ledger.complete == self.finished - set(self.trained)
+        assert self.ledger.running.keys() == self.at_generators
+        open_batch = set(self.open or ())
+        assert self.ledger.complete.keys() == self.finished - set(self.trained) - self.discarded - open_batch
+
+    @invariant()
+    def every_deadline_can_be_met(self) -> None:
+        """Whatever happens next, no group has to be dropped: overdue groups always have a place."""
+        due = [*self.ledger.running.values(), *self.ledger.complete.values()]
+        trained_now = self.open is None and len(self.trained) // self.batch + self.resumed_at > self.version
+        free = 0 if trained_now else self.batch - len(self.open or ())
+        for d in range(self.version, self.version + self.staleness + 1):
+            assert sum(x <= d for x in due) <= free + (d - self.version) * self.batch
 
 
 TestLedger = LedgerMachine.TestCase
-TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLedger.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+@given(
+    batch=st.integers(1, 4),
+    staleness=st.integers(0, 3),
+    steps=st.integers(1, 8),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_whole_run_trains_every_group_once_in_time(batch: int, staleness: int, steps: int, order) -> None:
+    ledger = Ledger(batch, staleness, last_version=steps)
+    admitted: dict[int, int] = {}
+    trained: list[int] = []
+    for version in range(steps):
+        admitted |= dict.fromkeys(ledger.admit(), version)
+        ledger.open_batch()
+        taken = ledger.take()
+        while not ledger.full:
+            # A group that is running, and any of them: a long response may be the last of all.
+            ledger.completed(order.choice(sorted(ledger.running)))
+            taken += ledger.take()
+        assert max(version - admitted[g] for g in taken) <= staleness
+        assert sorted(taken) == ledger.close_batch()
+        trained += taken
+        ledger.published(version + 1)
+    assert sorted(trained) == list(range(batch * steps))
+    assert ledger.admit() == [], "nothing was sampled for nobody"
+    assert not ledger.running
+    assert not ledger.complete
 
 
 def test_on_policy_waits_for_the_version() -> None:
     ledger = Ledger(batch_size=2)
     assert ledger.admit() == [0, 1]
+    ledger.open_batch()
     ledger.completed(1)
-    assert ledger.take_batch() is None
+    assert ledger.take() == [1]
+    assert not ledger.full
     ledger.completed(0)
-    assert ledger.take_batch() == [0, 1]
+    assert ledger.take() == [0]
+    assert ledger.close_batch() == [0, 1]
     assert ledger.admit() == []
     ledger.published(1)
     assert ledger.admit() == [2, 3]
 
 
-def test_staleness_lets_the_generators_run_ahead() -> None:
+def test_staleness_trains_what_is_complete_first() -> None:
     ledger = Ledger(batch_size=2, max_staleness=1)
     assert ledger.admit() == [0, 1, 2, 3]
+    ledger.open_batch()
     ledger.completed(3)
     ledger.completed(2)
-    assert ledger.take_batch() is None, "batches are trained in the order of the prompts"
+    assert ledger.take() == [3, 2]
+    ledger.close_batch()
+    ledger.published(1)
+    assert ledger.admit() == [4, 5]
+    ledger.open_batch()
+    for group in (4, 5):
+        ledger.completed(group)
+    assert ledger.take() == [], "groups 0 and 1 are due, however long they take"
+    ledger.completed(1)
+    ledger.completed(0)
+    assert ledger.take() == [1, 0]
+
+
+def test_a_place_that_no_deadline_needs_goes_to_whoever_is_complete() -> None:
+    ledger = Ledger(batch_size=2, max_staleness=1)
+    ledger.admit()
+    ledger.open_batch()
+    for group in (0, 1):
+        ledger.completed(group)
+    assert ledger.take() == [0, 1]
+    ledger.close_batch()
+    ledger.published(1)
+    ledger.completed(2)
+    assert ledger.admit() == [4, 5]
+    ledger.open_batch()
+    ledger.completed(4)
+    assert ledger.take() == [2], "the second place is kept for group 3"
+
+
+def test_a_group_that_was_lost_gets_a_new_deadline() -> None:
+    ledger = Ledger(batch_size=1, max_staleness=1)
+    assert ledger.admit() == [0, 1]
+    ledger.open_batch()
+    ledger.completed(1)
+    assert ledger.take() == [1]
+    ledger.close_batch()
+    ledger.published(1)
+    assert ledger.lost([0, 1]) == [0]
+    assert ledger.admit() == [2]
+    ledger.open_batch()
+    ledger.completed(2)
+    assert ledger.take() == [2], "group 0 starts again under version 1, so it is not due yet"
 
 
 def test_a_resumed_run_continues_where_it_was() -> None:
@@ -133,14 +251,28 @@ def test_a_resumed_run_continues_where_it_was() -> None:
 def test_a_discarded_group_makes_room_for_another() -> None:
     ledger = Ledger(batch_size=2)
     assert ledger.admit() == [0, 1]
+    ledger.open_batch()
+    for group in (0, 1):
+        ledger.completed(group)
+    assert ledger.take() == [0, 1]
     ledger.discarded(0)
     assert ledger.admit() == [2]
-    ledger.completed(1)
-    assert ledger.take_batch() is None
     ledger.completed(2)
-    assert ledger.take_batch() == [1, 2]
+    assert ledger.take() == [2]
+    assert ledger.close_batch() == [1, 2]
 
 
-def test_a_group_that_was_never_submitted_cannot_complete() -> None:
+def test_no_group_is_submitted_that_nobody_would_train() -> None:
+    ledger = Ledger(batch_size=2, max_staleness=3, last_version=2)
+    assert ledger.admit() == [0, 1, 2, 3]
+
+
+def test_what_cannot_be() -> None:
+    ledger = Ledger(batch_size=1)
     with pytest.raises(ValueError, match="group 0 is not running"):
-        Ledger(batch_size=1).completed(0)
+        ledger.completed(0)
+    ledger.open_batch()
+    with pytest.raises(ValueError, match="open already"):
+        ledger.open_batch()
+    with pytest.raises(ValueError, match="while the batch of version 0 is open"):
+        ledger.published(1)

@@ -1,0 +1,78 @@
+"""Which generator samples which group: always the one with the least work outstanding.
+
+A plain state machine like :mod:`rlhf_dist.data.ledger`. Groups wait here, not at
+the generators, for as long as every generator is full: one that gets through
+its long responses sooner takes the next group, whoever was meant to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+#: What names a group.
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a group costs."""
+
+    sequences: int
+    tokens: float
+    """Expected tokens, of prompt and responses."""
+
+
+class Balancer(Generic[Key]):
+    """Groups and the generators that hold them.
+
+    Args:
+        capacity: sequences that a generator takes before others wait; None: all at once, where there is one
+            generator and nobody to share with.
+    """
+
+    def __init__(self, generators: int, capacity: int | None) -> None:
+        self.capacity = capacity
+        self.waiting: deque[tuple[Key, Load]] = deque()
+        self.held: list[dict[Key, Load]] = [{} for _ in range(generators)]
+        self.sequences = [0] * generators
+        self.tokens = [0.0] * generators
+        """Expected, outstanding at each generator."""
+
+    def add(self, group: Key, load: Load) -> None:
+        self.waiting.append((group, load))
+
+    def assign(self) -> dict[int, list[Key]]:
+        """Give waiting groups to generators that have room; returns the new groups of each."""
+        given: dict[int, list[Key]] = {}
+        while self.waiting:
+            # Not "room for the whole group": a group larger than the capacity must go somewhere too.
+            room = [i for i, n in enumerate(self.sequences) if self.capacity is None or n < self.capacity]
+            if not room:
+                break
+            place = min(room, key=lambda i: self.tokens[i])
+            group, load = self.waiting.popleft()
+            self._hold(place, group, load)
+            given.setdefault(place, []).append(group)
+        return given
+
+    def finished(self, generator: int, group: Key) -> None:
+        """Raises KeyError if the generator does not hold the group."""
+        load = self.held[generator].pop(group)
+        self.sequences[generator] -= load.sequences
+        self.tokens[generator] -= load.tokens
+
+    def lost(self, generator: int) -> list[Key]:
+        """The groups of a generator that died; they wait again, before all others."""
+        groups = list(self.held[generator].items())
+        self.waiting.extendleft(reversed(groups))
+        self.held[generator] = {}
+        self.sequences[generator], self.tokens[generator] = 0, 0.0
+        return [group for group, _ in groups]
+
+    def _hold(self, generator: int, group: Key, load: Load) -> None:
+        self.held[generator][group] = load
+        self.sequences[generator] += load.sequences
+        self.tokens[generator] += load.tokens
