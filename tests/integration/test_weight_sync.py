@@ -239,6 +239,59 @@ def test_a_fault_is_refused_and_named_and_the_next_load_is_right(
     assert sampled_difference(engine, model) < TOLERANCE
 
 
+def skipping_loader(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's model takes every tensor, says that it has loaded it, and keeps the old weights."""
+    model = engine.llm.apply_model(lambda m: m)[0]
+    names = {name for name, _ in model.named_parameters()}
+
+    def load_weights(tensors: Any) -> set[str]:
+        for _ in tensors:
+            pass
+        return names
+
+    monkeypatch.setattr(model, "load_weights", load_weights)
+
+
+def skipping_update(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that hands over the weights gets lost."""
+    monkeypatch.setattr(engine.llm, "update_weights", lambda request: None)
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [
+        (skipping_loader, r"version {v}: the loader did not fill model\."),
+        (skipping_update, "a weight update was finished, but no weights had come"),
+    ],
+)
+@pytest.mark.parametrize("size", [1e-7, 0.1])
+def test_a_load_that_is_skipped_is_noticed_however_small_the_step(
+    tied_llama: tuple[Any, PreTrainedModel], skip: Any, message: str, size: float
+) -> None:
+    """The canary could not tell: at 1e-7 the old weights pass it."""
+    engine, model = tied_llama
+    advance(engine, model)
+    version = engine.version + 1
+    before = logprobs(model, CANARY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += size * torch.randn_like(parameter)
+    assert (np.abs(logprobs(model, CANARY) - before).max() < TOLERANCE) == (size < 1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        skip(engine, patch)
+        with pytest.raises(WeightSyncError, match=message.format(v=version)):
+            engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+    check_that_nothing_is_sampled(engine)
+    check_sync_of_any_size(engine, model, version)
+
+
+def check_sync_of_any_size(engine: Any, model: PreTrainedModel, version: int) -> None:
+    record = engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+    assert record.canary_diff < TOLERANCE
+    assert engine.version == version
+    assert [set(s.policy_versions) for s in finish(engine)] == [{version}]
+
+
 def test_a_learner_with_other_logprobs_is_refused(tied_llama: tuple[Any, PreTrainedModel]) -> None:
     engine, model = tied_llama
     version = engine.version + 1

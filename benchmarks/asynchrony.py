@@ -1,0 +1,260 @@
+"""What it is worth that generators run ahead of the learner: seconds of a step, and tokens trained, by staleness.
+
+    python -m benchmarks.asynchrony                  # all parts, about ten minutes on two cores
+    python -m benchmarks.asynchrony --parts tails
+
+``overlap``  GRPO with a reward function, one core for the generator and one for the learner, generation and training
+             of about equal length. With staleness 1 a step should take as long as the longer of the two.
+``ppo``      the same with critic, reward model and reference, all on the same two cores.
+``tails``    responses of very different lengths (each token ends one with the same probability, so the longest of a
+             few hundred is about ten times the median): tokens trained per second with staleness 2, against what a bare
+             vLLM generates from the same requests.
+
+The policy is random and its learning rate next to nothing, so that lengths stay what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "asynchrony.json"
+#: Steps that are not counted: compilation, first versions.
+WARM_UP = 3
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+}
+COMMON = [
+    "recipe=ppo",
+    "model.architecture={}",
+    "critic.warmup_steps=0",
+    "algo={advantage_estimator: grpo, kl_coef: 0, rollout_correction: tis}",
+    "policy.optim={lr: 1e-12, schedule: constant}",
+    "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false, metrics: [], group_by: null}",
+    "run.save_rollouts=false",
+]
+GRPO = ["reward.components=[{name: length, function: benchmarks.asynchrony:length}]"]
+OVERLAP = [
+    "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 48, max_prompt_length: 48}",
+    "train={steps: 20, batch_size: 64, epochs: 2, micro_batch_tokens: 8192}",
+]
+TAILS = [
+    "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 1400, max_prompt_length: 48}",
+    "train={steps: 14, batch_size: 128, micro_batch_tokens: 8192}",
+    "generator.max_num_seqs=128",
+]
+BOTH = ["generator.cpus=2", "policy.learner.cpus=2", "critic.learner.cpus=2", "reward.cpus=1", "cluster.local_cpus=8"]
+ONE = ["generator.cpus=1", "policy.learner.cpus=1", "cluster.local_cpus=4"]
+
+
+def length(prompts: list[str], responses: list[str], fields: list[dict[str, Any]]) -> list[float]:
+    """A reward that costs nothing."""
+    return [float(len(response) % 7) for response in responses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["overlap", "ppo", "tails"], default=["overlap", "ppo", "tails"])
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        policy = random_policy(Path(folder) / "policy")
+        parts = {"overlap": overlap, "ppo": whole_ppo, "tails": tails}
+        for name in args.parts:
+            results[name] = {"machine": describe(), "runs": parts[name](Path(folder), policy, args.repetitions)}
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    for name in args.parts:
+        show(name, results[name]["runs"])
+
+
+def random_policy(folder: Path) -> Path:
+    from rlhf_dist.data.tokenization import save_tokenizer
+    from rlhf_dist.data.world import build_tokenizer
+    from rlhf_dist.models import build_policy
+
+    tokenizer = build_tokenizer()
+    save_tokenizer(tokenizer, str(folder))
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    build_policy(MODEL, len(tokenizer), special, seed=0).save_pretrained(folder)
+    return folder
+
+
+def run(folder: Path, name: str, options: list[str]) -> list[dict[str, Any]]:
+    """One run of the program; the lines of its steps, without those of the warm-up."""
+    place = Path(tempfile.mkdtemp(prefix=name, dir=folder))
+    command = [sys.executable, "-m", "rlhf_dist.main", *COMMON, *options, f"run.root={place}", "run.name=run"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == "ppo"][WARM_UP:]
+
+
+def seconds_per_step(lines: list[dict[str, Any]]) -> float:
+    return statistics.median(b["time"] - a["time"] for a, b in itertools.pairwise(lines))
+
+
+def phases(lines: list[dict[str, Any]]) -> dict[str, float]:
+    names = ("generate", "score", "update", "push_weights")
+    return {name: statistics.median(line[f"timing/{name}"] for line in lines) for name in names}
+
+
+def overlap(folder: Path, policy: Path, repetitions: int) -> list[dict[str, Any]]:
+    """Repetitions of three kinds of run, in turns."""
+    base = [f"model.path={policy}", *GRPO, *OVERLAP]
+    kinds = {
+        "S=0, one core each": [*ONE, "rollout.max_staleness=0"],
+        "S=1, one core each": [*ONE, "rollout.max_staleness=1"],
+        "S=0, both cores in each phase": [*BOTH, "rollout.max_staleness=0"],
+    }
+    return in_turns(folder, base, kinds, repetitions)
+
+
+def whole_ppo(folder: Path, policy: Path, repetitions: int) -> list[dict[str, Any]]:
+    base = [
+        f"model.path={policy}",
+        f"reward.components=[{{name: reward_model, model: {policy}}}]",
+        *OVERLAP,
+        "algo={advantage_estimator: gae, kl_coef: 0.05}",
+        "critic.optim.lr=1e-12",
+    ]
+    kinds = {
+        "PPO, S=0, both cores in each phase": [*BOTH, "rollout.max_staleness=0"],
+        "PPO, S=1, both cores shared": [*BOTH, "rollout.max_staleness=1"],
+    }
+    return in_turns(folder, base, kinds, repetitions)
+
+
+def in_turns(folder: Path, base: list[str], kinds: dict[str, list[str]], repetitions: int) -> list[dict[str, Any]]:
+    runs = []
+    for _ in range(repetitions):
+        for kind, options in kinds.items():
+            lines = run(folder, "overlap", [*base, *options])
+            tokens = statistics.mean(line["perf/throughput"] * line["timing/step"] for line in lines)
+            seconds = seconds_per_step(lines)
+            runs.append({"kind": kind, "step": seconds, "tokens_per_second": tokens / seconds, **phases(lines)})
+    return runs
+
+
+def tails(folder: Path, policy: Path, repetitions: int) -> list[dict[str, Any]]:
+    """Tokens of responses per second: trained with each staleness, and generated by a bare vLLM."""
+    runs = []
+    base = [f"model.path={policy}", *GRPO, *TAILS, *ONE]
+    for _ in range(repetitions):
+        runs.append({"kind": "bare vLLM", "tokens_per_second": bare(policy)})
+        for staleness in (0, 2):
+            lines = run(folder, "tails", [*base, f"rollout.max_staleness={staleness}"])
+            samples = 128
+            tokens = sum(line["rollout/response_length_mean"] * samples for line in lines[1:])
+            rate = tokens / (lines[-1]["time"] - lines[0]["time"])
+            longest = max(line["rollout/response_length_max"] for line in lines)
+            runs.append({"kind": f"S={staleness}, keep", "tokens_per_second": rate, "longest": longest})
+    return runs
+
+
+def bare(policy: Path) -> float:
+    """Response tokens per second of ``LLM.generate`` on the requests of the first steps, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    code = f"from benchmarks.asynchrony import bare_loop; bare_loop({str(policy)!r})"
+    out = subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    return float(out.stdout.splitlines()[-1])
+
+
+def bare_loop(policy: str) -> None:
+    """Prints the tokens per second."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    from rlhf_dist.actors.generator import sample_seed
+    from rlhf_dist.config_io import load
+    from rlhf_dist.data.batching import Ragged
+    from rlhf_dist.data.load import load_prompts
+    from rlhf_dist.data.prompts import PromptOrder
+    from rlhf_dist.data.tokenization import load_tokenizer
+
+    cfg = load(None, [*COMMON, *GRPO, *TAILS, *ONE, f"model.path={policy}"])
+    tokenizer = load_tokenizer(policy)
+    table = load_prompts(cfg, policy, "train")[0]
+    prompts = Ragged.of(table, "prompt_ids")
+    groups = cfg.rollout.batch_size * cfg.train.steps
+    rows = PromptOrder(table.num_rows, cfg.seed, cfg.data.shuffle).take(groups)
+    requests, params = [], []
+    for group, row in enumerate(rows):
+        for i in range(cfg.rollout.n_samples_per_prompt):
+            requests.append({"prompt_token_ids": prompts[row].tolist()})
+            params.append(
+                SamplingParams(
+                    max_tokens=cfg.rollout.max_response_length,
+                    stop_token_ids=[tokenizer.eos_token_id],
+                    seed=sample_seed(cfg.seed, group, i),
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+            )
+    llm = LLM(
+        model=policy,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=cfg.rollout.max_prompt_length + cfg.rollout.max_response_length,
+        max_num_seqs=cfg.generator.max_num_seqs,
+        kv_cache_memory_bytes=int(cfg.generator.kv_cache_gb * 2**30),
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=8192,
+        logprobs_mode="processed_logprobs",
+    )
+    llm.generate(requests[:64], params[:64], use_tqdm=False)  # compiles
+    started = time.perf_counter()
+    outs = llm.generate(requests, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    print(sum(len(out.outputs[0].token_ids) for out in outs) / seconds)
+
+
+def show(part: str, runs: list[dict[str, Any]]) -> None:
+    """Medians over the repetitions, and the ratio that matters."""
+    kinds = list(dict.fromkeys(r["kind"] for r in runs))
+    names = [n for n in runs[-1] if n != "kind"]
+    median = {k: {n: statistics.median(r[n] for r in runs if r["kind"] == k and n in r) for n in names
+                  if any(n in r for r in runs if r["kind"] == k)} for k in kinds}  # fmt: skip
+    table = Table(part, *names)
+    for kind in kinds:
+        table.add_row(kind, *(f"{median[kind][n]:,.3g}" if n in median[kind] else "-" for n in names))
+    console = Console()
+    console.print(table)
+    if part == "overlap":
+        alone, ahead, both = (median[k] for k in kinds)
+        longer = max(alone["generate"], alone["score"] + alone["update"] + alone["push_weights"])
+        console.print(f"S=1 / longer of generation and training: {ahead['step'] / longer:.2f}")
+        console.print(f"S=1 / S=0: {ahead['step'] / alone['step']:.2f}")
+        console.print(f"S=1 / S=0 with both cores in each phase: {ahead['step'] / both['step']:.2f}")
+    elif part == "ppo":
+        console.print(f"S=1 / S=0: {median[kinds[1]]['step'] / median[kinds[0]]['step']:.2f}")
+    else:
+        for kind in kinds[1:]:
+            ratio = median[kind]["tokens_per_second"] / median[kinds[0]]["tokens_per_second"]
+            console.print(f"{kind} / {kinds[0]}: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
