@@ -55,6 +55,7 @@ class LearnerSpec:
     max_response_length: int = 1
     shard_mb: float = 256
     pad_id: int = 0
+    seed: int = 0
     canary_length: int = CANARY_LENGTH
     transport: str = "object_store"
     generator_workers: int = 1
@@ -86,7 +87,7 @@ class LearnerWorker(Worker):
         """Join the group and load the model; returns pid, number of parameters and vocabulary."""
         import torch
 
-        from rlhf_dist import models
+        from rlhf_dist import adapters, models
         from rlhf_dist.engines import deepspeed as engines
         from rlhf_dist.engines import objectives
 
@@ -95,6 +96,9 @@ class LearnerWorker(Worker):
         self.store = engines.init_distributed(self.rank, self.world, address, port, listening)
         load = models.load_policy if spec.head == "policy" else models.load_scalar
         model = load(spec.model_path, m.dtype, m.attention, m.trust_remote_code)
+        if m.lora.rank and spec.head == "policy" and spec.optim is not None:
+            torch.manual_seed(spec.seed)  # every rank begins with the same adapters
+            model = adapters.add_adapters(model, m.lora)
         if m.gradient_checkpointing and spec.optim is not None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.vocab = model.config.vocab_size
@@ -102,6 +106,7 @@ class LearnerWorker(Worker):
             models.PolicyModule(model, spec.temperature) if spec.head == "policy" else models.ScalarModule(model)
         )
         parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         learner = spec.learner if spec.optim is not None else spec.learner.model_copy(update={"zero_stage": 3})
         self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps)
         self.objective = _objective(spec)
@@ -110,6 +115,7 @@ class LearnerWorker(Worker):
         return {
             "pid": os.getpid(),
             "parameters": parameters,
+            "trained_parameters": trained,
             "vocab_size": self.vocab,
             "threads": torch.get_num_threads(),
         }
@@ -243,20 +249,29 @@ class LearnerWorker(Worker):
                 yield batch, forward(batch)
 
     def weights(self, version: int) -> tuple[list[Any], tuple[np.ndarray, np.ndarray] | None]:
-        """This rank's shards of ``version`` and, on rank 0, the canary: tokens and their log-probabilities.
+        """This rank's shards of what changed in ``version`` and, on rank 0, the canary: tokens and log-probabilities.
 
         Groups of parameters are dealt out to the ranks, so that each packs and
         sends its part. *Returned*, not put: the driver owns them, and they
         survive this process.
         """
-        from rlhf_dist.engines.shards import pack
-
         with self.trace.span(self.name, "push_weights"):
-            # Every rank walks all groups, since gathering is collective, and packs its own.
-            groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20)))
-            shards = [pack(version, group) for i, group in groups if i % self.world == self.rank]
+            shards = self._pack(version, "trained")
             canary = self._canary()
         return shards, canary if self.rank == 0 else None
+
+    def frozen_weights(self) -> tuple[list[Any], None]:
+        """This rank's shards of what never changes: the weights beside adapters; empty where all are trained."""
+        from rlhf_dist.engines.shards import FROZEN
+
+        return self._pack(FROZEN, "frozen"), None
+
+    def _pack(self, version: int, content: Literal["frozen", "trained"]) -> list[Any]:
+        from rlhf_dist.engines.shards import pack
+
+        # Every rank walks all groups, since gathering is collective, and packs its own.
+        groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20), content))
+        return [pack(version, group) for i, group in groups if i % self.world == self.rank]
 
     def push_weights(self, version: int, generators: list[ActorHandle]) -> tuple[np.ndarray, np.ndarray] | None:
         """Send ``version`` to ``generators`` by vLLM's own transport; rank 0 returns the canary."""
@@ -354,6 +369,7 @@ class LearnerGroup:
         )
         self.ranks = self.group.actors
         self._setup: list[ObjectRef] = []
+        self._frozen: list[ObjectRef] | None = None
 
     def start(self) -> LearnerGroup:
         """Begin to load; returns at once. :meth:`wait_ready` waits."""
@@ -395,7 +411,10 @@ class LearnerGroup:
 
     def weights(self, version: int) -> Weights:
         """Publish ``version``; returns at once."""
-        return TRANSPORTS[self.spec.transport](version, self.ranks)
+        if self._frozen is None:  # sent once, and kept for generators that start later
+            adapted = self.spec.model.lora.rank and self.spec.transport == "object_store"
+            self._frozen = [r.frozen_weights.remote() for r in self.ranks] if adapted else []
+        return TRANSPORTS[self.spec.transport](version, self.ranks, self._frozen)
 
     def export(self, folder: str, tokenizer_dir: str) -> None:
         wait_for([r.export.remote(folder, tokenizer_dir) for r in self.ranks], f"{self.role}, exporting to {folder}")

@@ -38,8 +38,8 @@ class PulledWeights:
     """For each rank its shards and, from rank 0, the canary."""
 
     @classmethod
-    def publish(cls, version: int, ranks: Sequence[ActorHandle]) -> PulledWeights:
-        return cls(version, [r.weights.remote(version) for r in ranks])
+    def publish(cls, version: int, ranks: Sequence[ActorHandle], frozen: Sequence[ObjectRef]) -> PulledWeights:
+        return cls(version, [*frozen, *(r.weights.remote(version) for r in ranks)])
 
     def deliver(self, generators: Sequence[ActorHandle]) -> list[ObjectRef]:
         return [g.load.remote(self.version, self.parts) for g in generators]
@@ -52,16 +52,21 @@ class PushedWeights:
     version: int
     ranks: Sequence[ActorHandle]
 
+    @classmethod
+    def publish(cls, version: int, ranks: Sequence[ActorHandle], frozen: Sequence[ObjectRef]) -> PushedWeights:
+        return cls(version, ranks)  # merged: vLLM's senders know whole weights only
+
     def deliver(self, generators: Sequence[ActorHandle]) -> list[ObjectRef]:
         canaries = [r.push_weights.remote(self.version, list(generators)) for r in self.ranks]
         # All of them, so that the failure of any rank reaches the one who waits for the gate.
         return [g.gate.remote(self.version, *canaries) for g in generators]
 
 
-TRANSPORTS: dict[str, Callable[[int, Sequence[ActorHandle]], Weights]] = {
+#: ``(version, ranks of the learner, what was sent once and never changes)`` to a version on its way.
+TRANSPORTS: dict[str, Callable[[int, Sequence[ActorHandle], Sequence[ObjectRef]], Weights]] = {
     "object_store": PulledWeights.publish,
-    "nccl": PushedWeights,
-    "ipc": PushedWeights,
+    "nccl": PushedWeights.publish,
+    "ipc": PushedWeights.publish,
 }
 
 

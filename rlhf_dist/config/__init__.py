@@ -24,7 +24,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf_dist.config.base import Section
-from rlhf_dist.config.data import DataConfig, ModelConfig, WorldConfig
+from rlhf_dist.config.data import DataConfig, LoRAConfig, ModelConfig, WorldConfig
 from rlhf_dist.config.ppo import (
     ADVANTAGE_ESTIMATORS,
     CORRECTION_BOUNDS,
@@ -73,6 +73,7 @@ __all__ = [
     "EvaluationConfig",
     "GeneratorConfig",
     "LearnerConfig",
+    "LoRAConfig",
     "ModelConfig",
     "OptimConfig",
     "PipelineConfig",

@@ -9,6 +9,19 @@ from pydantic import Field, PositiveInt
 from rlhf_dist.config.base import Dtype, Fraction, Section
 
 
+class LoRAConfig(Section):
+    """Adapters of low rank beside the frozen policy (2106.09685), in every stage that trains a policy."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of the adapters; 0 trains all weights instead."""
+    alpha: PositiveInt | None = None
+    """The adapters' output is scaled by alpha / rank; default: twice the rank."""
+    dropout: Fraction = 0.0
+    """Dropout before the adapters, in training only."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers to adapt, or all-linear: all but the head."""
+
+
 class ModelConfig(Section):
     """The policy that training starts from."""
 
@@ -26,6 +39,8 @@ class ModelConfig(Section):
     """``attn_implementation`` of transformers: sdpa, eager, flash_attention_2."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
+    """Train adapters instead of all weights."""
     trust_remote_code: bool = False
     """Allow code from the model's repository to run. Off unless you read that code."""
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlhf_dist.adapters import LEFT, RIGHT, Content, grouped
 from rlhf_dist.config import LearnerConfig, OptimConfig
 
 #: DeepSpeed's name of an operation that is not wanted; see :func:`init_distributed`.
@@ -162,21 +163,27 @@ class LearnerEngine:
         self.steps += 1
         return {"lr": lr, "grad_norm": norm}
 
-    def named_weights(self, group_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Full parameters under *checkpoint* names, in groups of about ``group_bytes``.
+    def named_weights(self, group_bytes: int, content: Content = "merged") -> Iterator[list[tuple[str, Tensor]]]:
+        """Full weights under *checkpoint* names, in groups of about ``group_bytes``.
 
         Under ZeRO-3 a group is gathered on all ranks at once and freed before
         the next, so memory is bounded and the number of collectives small. The
         tensors are valid until the next group is asked for. transformers 5
         fuses some modules (experts, for instance); the reverse conversion turns
         them back into what checkpoints and vLLM's loaders call them.
+
+        Args:
+            content: with adapters merged in; or only what never changes; or only what changes, adapters as their
+                factors.
         """
         model: PreTrainedModel = self.module.model  # type: ignore[assignment]
-        for group in _groups(model, group_bytes):
-            parameters = [p for _, p in group]
-            with deepspeed.zero.GatheredParameters(parameters, enabled=self.zero3):
-                named = {name: p.detach() for name, p in group}
-                yield list(revert_weight_conversion(model, named).items())
+        for group in grouped(model, group_bytes, content):
+            parameters = [p for weight in group for p in weight.parts(content)]
+            with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, enabled=self.zero3):
+                named = {name: t for weight in group for name, t in weight.tensors(content).items()}
+                factors = {name: t for name, t in named.items() if name.endswith((LEFT, RIGHT))}
+                whole = {name: t for name, t in named.items() if name not in factors}
+                yield [*revert_weight_conversion(model, whole).items(), *factors.items()]
 
     def export(self, folder: str, shard_bytes: int) -> None:
         """Write the model in Hugging Face's format (safetensors, checkpoint names); rank 0 writes."""
@@ -187,21 +194,6 @@ class LearnerEngine:
         if self.rank == 0:
             _save_pretrained(self.module.model, state, Path(folder))  # type: ignore[arg-type]
         dist.barrier()
-
-
-def _groups(model: nn.Module, limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Parameters in model order; a group closes once it passes ``limit`` bytes. Tied parameters occur once."""
-    group: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, p in model.named_parameters():
-        count = p.ds_numel if hasattr(p, "ds_numel") else p.numel()  # a ZeRO-3 shard has numel() 0
-        group.append((name, p))
-        size += count * p.element_size()
-        if size >= limit:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _save_pretrained(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:

@@ -19,6 +19,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+#: Version of what never changes, which is sent once: frozen weights beside adapters.
+FROZEN = -1
 _ALIGN = 64  # bytes; torch reads any dtype from an aligned offset
 
 
@@ -51,7 +53,7 @@ class Shard:
         WeightSyncError: another version, or a digest that does not match.
         """
         names = f"with {len(self.names)} tensors from {self.names[0]} to {self.names[-1]}" if self.names else "(empty)"
-        if self.version != version:
+        if self.version not in (version, FROZEN):
             raise WeightSyncError(f"shard {names} is of version {self.version}, expected version {version}")
         if _digest(self.header(), self.data) != self.digest:
             raise WeightSyncError(f"shard of version {version} {names}: the bytes do not match their digest")

@@ -41,7 +41,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rlhf_dist.engines.shards import Shard, WeightSyncError
+from rlhf_dist.adapters import merging
+from rlhf_dist.engines.shards import FROZEN, Shard, WeightSyncError
 
 BACKEND = "object_store"
 
@@ -155,9 +156,8 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             nonlocal current
-            for shard in shards:
-                for current, tensor in shard.tensors():
-                    yield current, tensor.to(self.device)
+            for current, tensor in merging(lambda: (pair for shard in shards for pair in shard.tensors()))():
+                yield current, tensor.to(self.device)
 
         try:
             model: Any = self.model  # every model of vLLM has load_weights; nn.Module does not say so
@@ -324,9 +324,10 @@ def trainer_init_info(
 
 
 def payload_size(update_info: dict[str, Any]) -> tuple[int, int]:
-    """``(bytes, tensors)`` of one payload of any transport."""
+    """``(bytes, tensors)`` of one payload of any transport, without what was sent once and never changes."""
     if "shards" in update_info:
         headers = [s.__dict__ if isinstance(s, Shard) else s[1] for s in update_info["shards"]]
+        headers = [h for h in headers if h["version"] != FROZEN]
     else:
         headers = [{"dtypes": update_info["dtype_names"], "shapes": update_info["shapes"]}]
     sizes = [

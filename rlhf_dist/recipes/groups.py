@@ -77,6 +77,7 @@ def learner(
         max_response_length=cfg.rollout.max_response_length,
         shard_mb=cfg.weight_sync.shard_mb,
         pad_id=run.pad_id,
+        seed=cfg.seed,
         transport=cfg.weight_sync.transport,
         generator_workers=cfg.generator.tensor_parallel_size,
         # The canary and the token after it must fit into the generator's context.

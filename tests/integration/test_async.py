@@ -162,6 +162,28 @@ def test_staleness_0_is_a_plain_synchronous_loop_bit_for_bit(
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
+def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], config: str) -> None:
+    """LoRA under ZeRO-3 on two ranks; each sync sends the adapters alone, and every version passes the gate."""
+    job = start(
+        "--config",
+        config,
+        "train.steps=4",
+        "rollout.max_staleness=1",
+        "model.lora={rank: 4, target_modules: [q_proj, v_proj]}",
+        "policy={learner: {ranks: 2, zero_stage: 3, cpus: 0.2}, optim: {lr: 0.01}}",
+    ).wait()
+    assert job.code == 0, job.output
+    model = AutoModelForCausalLM.from_pretrained(job.folder / "policy")
+    initial = AutoModelForCausalLM.from_pretrained(Path(config).parent)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, initial.get_parameter(n))}
+    assert moved == {n for n, _ in initial.named_parameters() if "q_proj" in n or "v_proj" in n}
+    sent = {r["weight_sync/bytes"] for r in job.metrics("ppo") if "weight_sync/bytes" in r}
+    adapters = sum(4 * 4 * sum(initial.get_parameter(n).shape) for n in moved)
+    assert sent == {adapters}
+    assert job.summary["weight_sync"]["max_canary_diff"] < 1e-4
+    assert job.summary["weight_sync"]["versions"] == 5
+
+
 @pytest.mark.parametrize(("staleness", "mode"), [(1, "drain"), (2, "keep"), (3, "recompute")])
 def test_generators_that_run_ahead_stay_within_the_bound(
     start: Callable[..., Job], config: str, staleness: int, mode: str

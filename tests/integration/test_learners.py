@@ -21,7 +21,8 @@ from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
-from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.adapters import merging
+from rlhf_dist.config import AlgoConfig, LearnerConfig, LoRAConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
 from rlhf_dist.data.experience import join
 from rlhf_dist.data.tokenization import save_tokenizer
@@ -113,7 +114,7 @@ def train(spec: LearnerSpec, folders: Path, out: Path) -> Outcome:
     shards = [shard for shards, _ in parts for shard in shards]
     for shard in shards:
         shard.verify(1)
-    named = [pair for shard in shards for pair in shard.tensors()]
+    named = list(merging(lambda: (pair for shard in shards for pair in shard.tensors()))())
     canary = next((c[1] for _, c in parts if c is not None), None)
     return Outcome(steps, exported, dict(named), [n for n, _ in named], canary)
 
@@ -171,6 +172,25 @@ def test_two_ranks_do_what_one_does(objective: str, stage: int, one_rank: Any, f
         assert set(found.names) == set(found.exported)
         assert_close(found.published, found.exported)
         np.testing.assert_allclose(found.canary, expected.canary, atol=1e-5)
+
+
+def test_adapters_alone_are_trained_and_sent(folders: Path, tmp_path: Path) -> None:
+    """One rank with ZeRO-2 and two with ZeRO-3, which has to gather weight and factors together."""
+    lora = ModelConfig(path="-", lora=LoRAConfig(rank=4))
+    initial = dict(AutoModelForCausalLM.from_pretrained(folders / "policy").named_parameters())
+    one, two = (
+        train(replace(spec_of(folders, "policy", ranks, stage), model=lora), folders, tmp_path / str(ranks))
+        for ranks, stage in ((1, 2), (2, 3))
+    )
+    for step, (ours, theirs) in enumerate(zip(two.steps, one.steps, strict=True)):
+        assert ours == pytest.approx(theirs, abs=1e-4), f"optimizer step {step}"
+    assert_close(two.exported, one.exported)
+    np.testing.assert_allclose(two.canary, one.canary, atol=1e-5)
+    for outcome in (one, two):
+        assert set(outcome.names) == set(outcome.exported)
+        assert_close(outcome.published, outcome.exported)
+        moved = {n for n, p in outcome.exported.items() if not torch.equal(p, initial[n])}
+        assert moved == {n for n in initial if "_proj" in n}, "the linear layers, and nothing else"
 
 
 def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:

@@ -84,7 +84,11 @@ def test_what_vllm_wants_to_know_is_what_we_tell_it() -> None:
     assert (ipc.backend, ipc.rank, ipc.is_sender, ipc.packed) == ("ipc", 0, True, True)
     assert nccl.packed_buffer_size_bytes == ipc.packed_buffer_size_bytes == 1000
     assert {nccl.backend, ipc.backend} <= WeightTransferTrainerFactory._registry.keys()
-    assert {"object_store": PulledWeights.publish, "nccl": PushedWeights, "ipc": PushedWeights} == TRANSPORTS
+    assert {
+        "object_store": PulledWeights.publish,
+        "nccl": PushedWeights.publish,
+        "ipc": PushedWeights.publish,
+    } == TRANSPORTS
 
 
 def test_the_source_agrees_with_itself_and_sends_copies(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     ("planner",),
     ("actors",),
     ("engines", "checkpoint"),
-    ("models",),
+    ("models", "adapters"),
     ("evaluation",),
     ("data",),
     ("algorithms",),
