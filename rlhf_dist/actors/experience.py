@@ -72,12 +72,10 @@ class Experience(Worker):
         table = join_batch(fetch(parts))
         if left_out:
             table = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(left_out), pa.int64()))))
-        if "old_logprobs" not in table.column_names:  # algo.old_logprobs: sampler
-            table = table.append_column("old_logprobs", table["rollout_logprobs"])
         table, metrics = estimate_advantages(
             table, self.algo, self.reward, self.kl_control.value, scale, self.max_response_length
         )
-        metrics |= ages(table, step - 1)
+        metrics |= ages(table, step - 1, recomputed=self.algo.old_logprobs == "learner")
         if metrics["train/policy_age_max"] > max_staleness:
             raise RuntimeError(
                 f"step {step}: a token is {metrics['train/policy_age_max']:.0f} versions old, "

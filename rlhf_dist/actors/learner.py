@@ -54,6 +54,8 @@ class LearnerSpec:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     max_response_length: int = 1
     shard_mb: float = 256
+    wire_dtype: str | None = None
+    """Of the weights that are sent; None: that of the model."""
     pad_id: int = 0
     seed: int = 0
     canary_length: int = CANARY_LENGTH
@@ -112,6 +114,7 @@ class LearnerWorker(Worker):
         self.objective = _objective(spec)
         self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
         self.torch = torch
+        self.wire_dtype = getattr(torch, spec.wire_dtype or m.dtype)
         return {
             "pid": os.getpid(),
             "parameters": parameters,
@@ -271,7 +274,7 @@ class LearnerWorker(Worker):
 
         # Every rank walks all groups, since gathering is collective, and packs its own.
         groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20), content))
-        return [pack(version, group) for i, group in groups if i % self.world == self.rank]
+        return [pack(version, group, self.wire_dtype) for i, group in groups if i % self.world == self.rank]
 
     def push_weights(self, version: int, generators: list[ActorHandle]) -> tuple[np.ndarray, np.ndarray] | None:
         """Send ``version`` to ``generators`` by vLLM's own transport; rank 0 returns the canary."""
@@ -288,8 +291,7 @@ class LearnerWorker(Worker):
 
         client = GeneratorClient(generators, self.spec.generator_workers)
         group_bytes = int(self.spec.shard_mb * 2**20)
-        dtype = getattr(self.torch, self.spec.model.dtype)
-        source = weight_sync.weight_source(lambda: self.engine.named_weights(group_bytes), dtype)
+        source = weight_sync.weight_source(lambda: self.engine.named_weights(group_bytes), self.wire_dtype)
         sender = weight_sync.open_trainer(
             self.spec.transport,
             source,

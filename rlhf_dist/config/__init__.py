@@ -163,7 +163,8 @@ class Config(Section):
         algo, sampled = self.algo, self.rollout
         if algo.rollout_correction != "auto":
             return algo
-        differs = self.model.dtype != "float32" or sampled.max_staleness > 0 or sampled.top_p < 1 or sampled.top_k > 0
+        rounded = "bfloat16" in (self.model.dtype, self.weight_sync.wire_dtype)
+        differs = rounded or sampled.max_staleness > 0 or sampled.top_p < 1 or sampled.top_k > 0
         by_itself = algo.policy_loss == "decoupled_ppo" or algo.old_logprobs == "sampler"
         correction = "tis" if differs and not by_itself else "none"
         return algo.model_copy(update={"rollout_correction": correction})

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf_dist.config.base import Fraction, NonNegative, Section
+from rlhf_dist.config.base import Dtype, Fraction, NonNegative, Section
 
 
 class RunConfig(Section):
@@ -145,5 +145,8 @@ class WeightSyncConfig(Section):
     ipc: learner and generator on one GPU."""
     shard_mb: PositiveFloat = 256
     """ZeRO-3 parameters are gathered, and shards made, in groups of at most about this size."""
+    wire_dtype: Dtype | None = None
+    """Type of the weights on their way; default ``model.dtype``. bfloat16 halves the bytes of a float32 model, and the
+    generators then sample from rounded weights."""
     canary_tolerance: PositiveFloat | None = None
     """Largest allowed difference of the canary's log-probabilities; default 1e-4 (float32), 0.15 (bfloat16)."""

@@ -108,6 +108,8 @@ def estimate_advantages(
     from rlhf_dist.algorithms import advantages as adv
     from rlhf_dist.algorithms.kl import kl_estimate, token_rewards
 
+    if algo.old_logprobs == "sampler":
+        table = table.append_column("old_logprobs", table["rollout_logprobs"])
     shaped = torch.from_numpy(shape_scores(table, reward, scale, max_response_length))
     table, shaped, greedy_scores = _without_greedy(table, shaped)
     padded = _Padded(table)
@@ -148,11 +150,12 @@ def estimate_advantages(
     return schema.check(table, schema.EXPERIENCE, "experience"), metrics
 
 
-def ages(table: pa.Table, version: int) -> dict[str, float]:
+def ages(table: pa.Table, version: int, recomputed: bool = True) -> dict[str, float]:
     """How old the trained tokens are, in policy versions, and how far the learner is from who sampled them.
 
     Args:
-        version: of the policy that computed ``old_logprobs`` and is about to be updated.
+        version: of the policy that is about to be updated.
+        recomputed: whether ``old_logprobs`` are that policy's, so that the gap is known before the update.
     """
     trained = Ragged.of(table, "response_mask").values.astype(bool)
     age = version - Ragged.of(table, "policy_version").values[trained]
@@ -161,10 +164,14 @@ def ages(table: pa.Table, version: int) -> dict[str, float]:
         "train/policy_age": float(age.mean()) if len(age) else 0.0,
         "train/policy_age_max": float(age.max(initial=0)),
     }
+    if recomputed:
+        metrics["train/rollout_logprob_abs_diff"] = float(gap.mean()) if len(gap) else 0.0
+        metrics["train/rollout_logprob_abs_diff_max"] = float(gap.max(initial=0))
     if len(by_age := np.unique(age)) > 1:
         for a in by_age:
-            metrics[f"train/rollout_logprob_abs_diff/age_{a}"] = float(gap[age == a].mean())
             metrics[f"train/policy_age_share/age_{a}"] = float((age == a).mean())
+            if recomputed:
+                metrics[f"train/rollout_logprob_abs_diff/age_{a}"] = float(gap[age == a].mean())
     return metrics
 
 
@@ -232,8 +239,6 @@ def _truncated(table: pa.Table) -> np.ndarray:
 
 
 def _figures(table: pa.Table, padded: _Padded, shaped: Any) -> dict[str, float]:
-    mask = padded["response_mask"].bool()
-    difference = (padded["old_logprobs"] - padded["rollout_logprobs"]).abs()[mask]
     scores, lengths = table["score"].to_numpy(), padded.lengths
     metrics = {
         "rollout/reward_mean": float(scores.mean()),
@@ -242,8 +247,6 @@ def _figures(table: pa.Table, padded: _Padded, shaped: Any) -> dict[str, float]:
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/truncated_rate": float(_truncated(table).mean()),
-        "train/rollout_logprob_abs_diff": float(difference.mean()) if len(difference) else 0.0,
-        "train/rollout_logprob_abs_diff_max": float(difference.max()) if len(difference) else 0.0,
     }
     for name in table.column_names:
         if name.startswith("score/"):

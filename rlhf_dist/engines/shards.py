@@ -65,21 +65,26 @@ class Shard:
             yield name, _view(buffer, offset, getattr(torch, dtype), shape)
 
 
-def pack(version: int, tensors: Iterable[tuple[str, Tensor]]) -> Shard:
-    """Copy ``tensors`` into one buffer (the only copy between learner and generator) and seal it."""
+def pack(version: int, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> Shard:
+    """Copy ``tensors`` into one buffer (the only copy between learner and generator) and seal it.
+
+    Args:
+        dtype: of the floating-point tensors in the buffer; None: as they are.
+    """
     items = [(name, t.detach()) for name, t in tensors]
+    dtypes = [dtype if dtype is not None and t.is_floating_point() else t.dtype for _, t in items]
     offsets, size = [], 0
-    for _, t in items:
+    for (_, t), kind in zip(items, dtypes, strict=True):
         offsets.append(size)
-        size += -(-t.numel() * t.element_size() // _ALIGN) * _ALIGN
+        size += -(-t.numel() * kind.itemsize // _ALIGN) * _ALIGN
     data = np.zeros(size, np.uint8)
     buffer = torch.from_numpy(data)
-    for (_, t), offset in zip(items, offsets, strict=True):
-        _view(buffer, offset, t.dtype, t.shape).copy_(t)
+    for (_, t), kind, offset in zip(items, dtypes, offsets, strict=True):
+        _view(buffer, offset, kind, t.shape).copy_(t)
     shard = Shard(
         version,
         tuple(name for name, _ in items),
-        tuple(str(t.dtype).removeprefix("torch.") for _, t in items),
+        tuple(str(kind).removeprefix("torch.") for kind in dtypes),
         tuple(tuple(t.shape) for _, t in items),
         tuple(offsets),
         data,

@@ -137,9 +137,10 @@ class GeneratorEngine:
         max_logprobs: int = 20,
     ) -> None:
         weight_sync.register()
-        self.dtype = model.dtype
         self.transport = sync.transport
-        self.tolerance = sync.canary_tolerance or TOLERANCE[model.dtype]
+        # The coarser of the two types decides.
+        self.precision = "bfloat16" if "bfloat16" in (model.dtype, sync.wire_dtype) else "float32"
+        self.tolerance = sync.canary_tolerance or TOLERANCE[self.precision]
         self.rollout = rollout
         self.stop_token_ids = stop_token_ids
         self.version = FROM_DISK
@@ -406,7 +407,7 @@ class GeneratorEngine:
             self._restart_running()
             raise WeightSyncError(
                 f"canary of version {version}: log-probabilities of learner and generator differ by "
-                f"{record.canary_diff:.3g}, allowed are {self.tolerance:.3g} ({self.dtype})"
+                f"{record.canary_diff:.3g}, allowed are {self.tolerance:.3g} ({self.precision})"
             )
         self._canary_old = found
         self.version = version

@@ -76,6 +76,7 @@ def learner(
         dpo=cfg.dpo,
         max_response_length=cfg.rollout.max_response_length,
         shard_mb=cfg.weight_sync.shard_mb,
+        wire_dtype=cfg.weight_sync.wire_dtype,
         pad_id=run.pad_id,
         seed=cfg.seed,
         transport=cfg.weight_sync.transport,

@@ -171,6 +171,7 @@ def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], conf
         "rollout.max_staleness=1",
         "model.lora={rank: 4, target_modules: [q_proj, v_proj]}",
         "policy={learner: {ranks: 2, zero_stage: 3, cpus: 0.2}, optim: {lr: 0.01}}",
+        "algo.old_logprobs=sampler",
     ).wait()
     assert job.code == 0, job.output
     model = AutoModelForCausalLM.from_pretrained(job.folder / "policy")

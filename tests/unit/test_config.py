@@ -282,6 +282,12 @@ BROKEN_FILES = [
         "rollout.n_samples_per_prompt=1; use 2 or more",
     ),
     (
+        "a correction where the sampler's own figures are taken",
+        "algo: {old_logprobs: sampler, rollout_correction: icepop}",
+        "{file}: algo: old_logprobs=sampler leaves no gap between π_old and the sampler to correct for, but "
+        "policy_loss=ppo and rollout_correction=icepop correct for it; use learner",
+    ),
+    (
         "two corrections",
         "algo: {policy_loss: decoupled_ppo, rollout_correction: tis}",
         "{file}: algo: rollout_correction=tis with policy_loss=decoupled_ppo weights twice by π_old / μ; "

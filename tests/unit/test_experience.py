@@ -15,6 +15,7 @@ from rlhf_dist.config import AlgoConfig, RewardConfig
 from rlhf_dist.data.experience import (
     Joinable,
     ScoreScale,
+    ages,
     estimate_advantages,
     groups_without_spread,
     join,
@@ -295,10 +296,7 @@ def test_figures_by_hand() -> None:
     table = with_columns(joined_batch(holes=True, ref_logprobs=1), pa.table({"score/r": column}), "test")
     algo = AlgoConfig(advantage_estimator="reinforce")
     _, figures = estimate_advantages(table, algo, PLAIN, 0.1, ScoreScale(), 8)
-    old, ref, rollout, mask = (
-        np.concatenate(rows(table, n)) for n in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "response_mask")
-    )
-    difference = np.abs(old - rollout)[mask == 1]
+    old, ref, mask = (np.concatenate(rows(table, n)) for n in ("old_logprobs", "ref_logprobs", "response_mask"))
     expected = {
         "rollout/kl": (old - ref)[mask == 1].sum() / 4,
         "rollout/reward_mean": np.mean(SCORES),
@@ -307,11 +305,35 @@ def test_figures_by_hand() -> None:
         "rollout/response_length_mean": 2.5,
         "rollout/response_length_max": 4,
         "rollout/truncated_rate": 0.0,
-        "train/rollout_logprob_abs_diff": difference.mean(),
-        "train/rollout_logprob_abs_diff_max": difference.max(),
         "rollout/score/r": np.mean(SCORES),
     }
     assert figures == pytest.approx(expected, rel=1e-5)
+
+
+def test_ages_and_the_gap_by_age_by_hand() -> None:
+    table = joined_batch(holes=True)
+    versions = [[4 - (i + j) % 3 for j in range(b)] for i, (_, b) in enumerate(SHAPE)]
+    i = table.column_names.index("policy_version")
+    table = table.set_column(i, "policy_version", pa.array(versions, pa.list_(pa.int32())))
+    old, rollout, mask = (np.concatenate(rows(table, n)) for n in ("old_logprobs", "rollout_logprobs", "response_mask"))
+    age, gap = 4 - np.concatenate(versions)[mask == 1], np.abs(old - rollout)[mask == 1]
+    expected = {
+        "train/policy_age": age.mean(),
+        "train/policy_age_max": 2,
+        "train/rollout_logprob_abs_diff": gap.mean(),
+        "train/rollout_logprob_abs_diff_max": gap.max(),
+        **{f"train/policy_age_share/age_{a}": (age == a).mean() for a in range(3)},
+        **{f"train/rollout_logprob_abs_diff/age_{a}": gap[age == a].mean() for a in range(3)},
+    }
+    assert ages(table, 4) == pytest.approx(expected, rel=1e-5)
+    assert not any("diff" in name for name in ages(table, 4, recomputed=False)), "nothing is known before the update"
+
+
+def test_the_samplers_own_logprobs_as_those_before_the_update() -> None:
+    table = joined_batch().drop_columns("old_logprobs")
+    algo = AlgoConfig(advantage_estimator="reinforce", old_logprobs="sampler")
+    found, _ = estimate_advantages(table, algo, PLAIN, 0.0, ScoreScale(), 8)
+    assert found["old_logprobs"].equals(found["rollout_logprobs"])
 
 
 def test_a_row_without_response_tokens() -> None:
@@ -327,9 +349,9 @@ def test_a_batch_without_any_response_token() -> None:
     table = rollouts([(2, 0), (1, 0)])
     new = {"score": pa.array([1.0, 5.0], pa.float32()), "old_logprobs": ragged([0, 0], np.zeros, pa.float32())}
     algo = AlgoConfig(advantage_estimator="reinforce")
-    found, figures = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale(), 8)
+    found, _ = estimate_advantages(with_columns(table, pa.table(new), "test"), algo, PLAIN, 0.0, ScoreScale(), 8)
     assert found["advantages"].to_pylist() == [[], []]
-    assert figures["train/rollout_logprob_abs_diff"] == 0
+    assert ages(found, 0)["train/rollout_logprob_abs_diff"] == 0
 
 
 # The file of a step

@@ -114,3 +114,14 @@ def test_equal_weights_of_two_versions_have_two_digests() -> None:
     tensors = [("a.weight", torch.ones(3))]
     assert pack(1, tensors).digest != pack(2, tensors).digest
     assert pack(1, tensors).digest == pack(1, tensors).digest
+
+
+def test_half_the_bytes_on_the_wire() -> None:
+    exact = torch.tensor([1.0, 1.5, -2.0])
+    shard = pack(3, [("a", exact), ("b", torch.tensor([7, 8])), ("c", torch.tensor([1.001]))], torch.bfloat16)
+    shard.verify(3)
+    found = dict(shard.tensors())
+    assert found["a"].dtype == torch.bfloat16
+    assert torch.equal(found["a"].float(), exact)
+    assert torch.equal(found["b"], torch.tensor([7, 8])), "numbers of another kind stay as they are"
+    assert found["c"].item() == pytest.approx(1.001, rel=2**-8)
