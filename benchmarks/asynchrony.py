@@ -78,13 +78,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["overlap", "ppo", "tails"], default=["overlap", "ppo", "tails"])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--runs", type=Path, help="where the runs go, and stay; default: a temporary folder")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        policy = random_policy(Path(folder) / "policy")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.runs or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = random_policy(folder / "policy")
         parts = {"overlap": overlap, "ppo": whole_ppo, "tails": tails}
         for name in args.parts:
-            results[name] = {"machine": describe(), "runs": parts[name](Path(folder), policy, args.repetitions)}
+            results[name] = {"machine": describe(), "runs": parts[name](folder, policy, args.repetitions)}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for name in args.parts:
         show(name, results[name]["runs"])

@@ -289,6 +289,12 @@ class Config(Section):
                 f"weight_sync.transport={self.weight_sync.transport} needs GPUs in policy.learner and generator; "
                 "on CPUs use object_store"
             )
+        lora, transport = self.model.lora, self.weight_sync.transport
+        if lora.rank and lora.serve == "adapters" and transport != "object_store":
+            raise ValueError(
+                f"model.lora.serve=adapters needs weight_sync.transport=object_store: {transport} sends whole weights, "
+                "with the adapters merged in"
+            )
         packed = [name for name in ("train", "sft", "distill", "reward_model", "dpo") if getattr(self, name).packing]
         if packed and self.model.attention != "flash_attention_2":
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from rlhf_dist.config.base import Dtype, Fraction, Section
 
@@ -12,14 +12,26 @@ from rlhf_dist.config.base import Dtype, Fraction, Section
 class LoRAConfig(Section):
     """Adapters of low rank beside the frozen policy (2106.09685), in every stage that trains a policy."""
 
-    rank: int = Field(0, ge=0)
+    rank: int = Field(0, ge=0, le=512)
     """Rank of the adapters; 0 trains all weights instead."""
     alpha: PositiveInt | None = None
     """The adapters' output is scaled by alpha / rank; default: twice the rank."""
     dropout: Fraction = 0.0
     """Dropout before the adapters, in training only."""
-    target_modules: str | list[str] = "all-linear"
+    serve: Literal["merged", "adapters"] = "merged"
+    """How the generators use them. merged: added to the weights, as fast as without. adapters: by vLLM's LoRA kernels
+    beside the weights that each generator reads from ``model.path``, without the rounding of a merge."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the layers to adapt, or all-linear: all but the head."""
+
+    @model_validator(mode="after")
+    def _named(self) -> LoRAConfig:
+        if self.serve == "adapters" and self.target_modules == "all-linear":
+            raise ValueError(
+                "serve=adapters needs target_modules as a list, such as [q_proj, v_proj]: vLLM prepares its layers for "
+                "adapters before it sees the first"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -93,6 +93,37 @@ def pack(version: int, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
     return Shard(**{**shard.__dict__, "digest": _digest(shard.header(), data)})
 
 
+#: ``name -> (dtype, shape)``
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def verify_all(shards: Sequence[Shard], version: int, first: Tensors) -> Tensors:
+    """What the shards hold, once each of them is right, and all together are what the first sync brought.
+
+    Args:
+        first: of the first sync; empty: this is the first.
+
+    Raises:
+        WeightSyncError: names version and tensor.
+    """
+    for shard in shards:
+        shard.verify(version)
+    tensors: Tensors = {}
+    for shard in shards:
+        for name, dtype, shape in zip(shard.names, shard.dtypes, shard.shapes, strict=True):
+            if name in tensors:
+                raise WeightSyncError(f"version {version}: tensor {name} was sent twice")
+            tensors[name] = (dtype, tuple(shape))
+    first = first or tensors
+    if odd := sorted(first.keys() ^ tensors.keys()):
+        state = "is missing" if odd[0] in first else "was never sent before"
+        raise WeightSyncError(f"version {version}: tensor {odd[0]} {state}")
+    for name, found in tensors.items():
+        if found != first[name]:
+            raise WeightSyncError(f"version {version}: tensor {name} is {found}, in the first sync {first[name]}")
+    return tensors
+
+
 def _digest(header: bytes, data: np.ndarray) -> bytes:
     return blake3(header).update(data.data).digest(16)
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,12 +23,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from rlhf_dist import schema
 from rlhf_dist.config import GeneratorConfig, ModelConfig, RolloutConfig, WeightSyncConfig
 from rlhf_dist.engines import weight_sync
+from rlhf_dist.engines.adapter_files import AdapterFiles
 from rlhf_dist.engines.shards import Shard, WeightSyncError
 
 #: Largest difference of canary log-probabilities between learner and generator that a correct sync shows.
@@ -155,12 +158,16 @@ class GeneratorEngine:
         self._pending: dict[str, _Pending] = {}
         self._texts: dict[str, tuple[int, int, int]] = {}
         self._held: list[Any] = []
+        # Adapters that vLLM serves stand beside weights from disk, which nobody sends.
+        served = from_learner and model.lora.rank > 0 and model.lora.serve == "adapters"
+        self._adapters = AdapterFiles(model.lora) if served else None
+        self._lora: LoRARequest | None = None
         self.llm = LLM(
             model=model_path,
             dtype=model.dtype,
             # With a learner the weights start random and only a complete sync makes them right: what a sync leaves
             # out cannot hide behind an equal tensor from disk.
-            load_format="dummy" if from_learner else "auto",
+            load_format="dummy" if from_learner and not served else "auto",
             skip_tokenizer_init=not rollout.stop,
             trust_remote_code=model.trust_remote_code,
             max_model_len=context,
@@ -178,6 +185,11 @@ class GeneratorEngine:
             # Processed log-probabilities include the temperature, as the learner's do.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=sync.transport),
+            enable_lora=served,
+            max_loras=1,
+            # Not the head: where vLLM 0.32 prepares it, prompt_logprobs fail beside running requests.
+            lora_target_modules=model.lora.target_modules if served else None,
+            max_lora_rank=next(rank for rank in get_args(MaxLoRARanks) if rank >= model.lora.rank),
             **_device_options(generator, context),
         )
         self.engine = self.llm.llm_engine
@@ -238,7 +250,7 @@ class GeneratorEngine:
             )
             # A cache entry of another version would mix policies inside one sample.
             prompt = TokensPrompt(prompt_token_ids=pending.prompt_ids.tolist(), cache_salt=str(pending.salt))
-            self.engine.add_request(pending.request, prompt, params)
+            self.engine.add_request(pending.request, prompt, params, lora_request=self._lora)
             self._pending[pending.request] = pending
 
     def add_text(self, row: int, token_ids: np.ndarray, k: int) -> None:
@@ -329,6 +341,8 @@ class GeneratorEngine:
             return record
 
     def _load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
+        if self._adapters:
+            return self._load_adapters(self._adapters, version, shards, canary_ids, expected)
         staged = weight_sync.StagedShards(shards) if self.staged else None
         try:
             self.start_weight_update()
@@ -337,6 +351,20 @@ class GeneratorEngine:
         finally:
             if staged:
                 staged.release()
+        return self.gate(version, canary_ids, expected)
+
+    def _load_adapters(
+        self, files: AdapterFiles, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray
+    ) -> SyncRecord:
+        """The same for adapters that vLLM serves: it replaces them in place, also for requests that run on."""
+        self._begin_update()
+        self._update.nbytes = files.write(version, shards)
+        self._update.tensors = sum(len(shard.names) for shard in shards)
+        self._lora = LoRARequest("policy", 1, files.path, load_inplace=True)
+        if not self.engine.add_lora(self._lora):
+            raise WeightSyncError(f"version {version}: vLLM did not take the adapters")
+        self.engine.set_weight_version(str(version))
+        self._end_update(version)
         return self.gate(version, canary_ids, expected)
 
     def _restart_running(self) -> None:
@@ -357,13 +385,16 @@ class GeneratorEngine:
             WeightSyncError: requests are running that must be finished first, or tensor-parallel workers failed in an
                 earlier update.
         """
-        if self.running and self.rollout.in_flight_updates == "drain":
-            raise WeightSyncError(f"weights cannot be loaded while {self.running} requests are running")
         if self._broken:
             raise WeightSyncError(f"the workers have failed in an earlier update, start them anew: {self._broken}")
+        self._begin_update()
+        self.llm.start_weight_update()
+
+    def _begin_update(self) -> None:
+        if self.running and self.rollout.in_flight_updates == "drain":
+            raise WeightSyncError(f"weights cannot be loaded while {self.running} requests are running")
         self._verified = False
         self._update = SyncRecord(FROM_DISK, 0, 0, load_seconds=-time.perf_counter(), in_flight=self.running)
-        self.llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """One payload of the transport.
@@ -387,6 +418,9 @@ class GeneratorEngine:
     def finish_weight_update(self, version: int) -> None:
         """The last payload is in; :meth:`gate` must pass before anything is sampled."""
         self.llm.finish_weight_update(weight_version=str(version))
+        self._end_update(version)
+
+    def _end_update(self, version: int) -> None:
         # Frees the cache of the old version; cache_salt keeps versions apart where this cannot, since requests run on.
         self.engine.reset_prefix_cache(reset_running_requests=self.rollout.in_flight_updates == "recompute")
         self._update.version = version
@@ -419,7 +453,7 @@ class GeneratorEngine:
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         # Weights that failed the gate and the next attempt may have one version, so the version is no salt here.
         prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"canary-{time.monotonic_ns()}")
-        self.engine.add_request("canary", prompt, params)
+        self.engine.add_request("canary", prompt, params, lora_request=self._lora)
         finished: dict[str, Any] = {}
         while "canary" not in finished:
             # Requests that run on get a token of the new version; it leaves when the gate has passed.

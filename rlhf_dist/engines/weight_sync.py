@@ -42,7 +42,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rlhf_dist.adapters import merging
-from rlhf_dist.engines.shards import FROZEN, Shard, WeightSyncError
+from rlhf_dist.engines.shards import FROZEN, Shard, Tensors, WeightSyncError, verify_all
 
 BACKEND = "object_store"
 
@@ -75,7 +75,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
-        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._tensors: Tensors = {}
         self._shards: list[Shard] = []
         self._received = False
 
@@ -92,9 +92,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
         """Verify, then load. Raises WeightSyncError that names version and tensor."""
         version = update_info.version
         shards = [s if isinstance(s, Shard) else self._attach(*s) for s in update_info.shards]
-        for shard in shards:
-            shard.verify(version)
-        tensors = self._check_tensors(shards, version)
+        tensors = verify_all(shards, version, self._tensors)
         # Taken before the reload moves parameters to the meta device. A parameter may have several names: tied
         # heads, and the router's gate of some mixtures of experts.
         names: dict[int, set[str]] = {}
@@ -128,23 +126,6 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
     def _attach(self, path: str, fields: dict[str, Any]) -> Shard:
         # Copy on write: torch knows no read-only tensors, and nobody writes.
         return Shard(**fields, data=np.memmap(path, np.uint8, mode="c"))
-
-    def _check_tensors(self, shards: list[Shard], version: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """``name -> (dtype, shape)`` of all shards; must be the same in every version."""
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for shard in shards:
-            for name, dtype, shape in zip(shard.names, shard.dtypes, shard.shapes, strict=True):
-                if name in tensors:
-                    raise WeightSyncError(f"version {version}: tensor {name} was sent twice")
-                tensors[name] = (dtype, tuple(shape))
-        first = self._tensors or tensors
-        if odd := sorted(first.keys() ^ tensors.keys()):
-            state = "is missing" if odd[0] in first else "was never sent before"
-            raise WeightSyncError(f"version {version}: tensor {odd[0]} {state}")
-        for name, found in tensors.items():
-            if found != first[name]:
-                raise WeightSyncError(f"version {version}: tensor {name} is {found}, in the first sync {first[name]}")
-        return tensors
 
     def _load(self, shards: list[Shard], parameters: Iterable[set[str]], version: int) -> None:
         """Hand the tensors to the model's loader.

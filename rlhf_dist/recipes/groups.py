@@ -9,7 +9,8 @@ from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
 from rlhf_dist.actors.group import Group, Resources
-from rlhf_dist.actors.learner import CANARY_LENGTH, LearnerGroup, LearnerSpec, ObjectiveName
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.learner_worker import CANARY_LENGTH, LearnerSpec, ObjectiveName
 from rlhf_dist.actors.scorer import (
     Reference,
     ReferenceGroup,

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_dist import schema
 from rlhf_dist.actors.data import load_table
 from rlhf_dist.actors.generator import sample_seed
-from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.learner_worker import LearnerSpec
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import load
@@ -162,14 +163,15 @@ def test_staleness_0_is_a_plain_synchronous_loop_bit_for_bit(
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
-def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], config: str) -> None:
+@pytest.mark.parametrize("serve", ["merged", "adapters"])
+def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], config: str, serve: str) -> None:
     """LoRA under ZeRO-3 on two ranks; each sync sends the adapters alone, and every version passes the gate."""
     job = start(
         "--config",
         config,
         "train.steps=4",
         "rollout.max_staleness=1",
-        "model.lora={rank: 4, target_modules: [q_proj, v_proj]}",
+        f"model.lora={{rank: 4, target_modules: [q_proj, v_proj], serve: {serve}}}",
         "policy={learner: {ranks: 2, zero_stage: 3, cpus: 0.2}, optim: {lr: 0.01}}",
         "algo.old_logprobs=sampler",
     ).wait()

@@ -18,7 +18,8 @@ from tiny import LLAMA, SPECIAL, comparisons, experience
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.actors.group import Group, Resources
-from rlhf_dist.actors.learner import LearnerGroup, LearnerSpec
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.learner_worker import LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
 from rlhf_dist.adapters import merging

@@ -410,6 +410,12 @@ def test_a_broken_file(text: str, expected: str, tmp_path: Path) -> None:
 
 
 BROKEN_OVERRIDES = [
+    (
+        "adapters that vLLM serves, not named",
+        "model.lora={rank: 4, serve: adapters}",
+        "override 'model.lora={rank: 4, serve: adapters}': model.lora: serve=adapters needs target_modules as a list, "
+        "such as [q_proj, v_proj]: vLLM prepares its layers for adapters before it sees the first",
+    ),
     ("no value", "train.steps", "override 'train.steps' must read key.path=value, for example train.steps=20"),
     ("no key", "=3", "override '=3' must read key.path=value, for example train.steps=20"),
     ("a gap", "train..steps=3", "override 'train..steps=3' must read key.path=value, for example train.steps=20"),

@@ -1,0 +1,341 @@
+"""One rank of a DeepSpeed group: what it holds is in its :class:`LearnerSpec`, the code path is the same for all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+from rlhf_dist.actors.group import Worker
+from rlhf_dist.actors.transport import GeneratorClient
+from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
+from rlhf_dist.data.experience import take
+
+ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", "critic"]
+
+#: Tokens of the canary prompt.
+CANARY_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What one group holds and learns."""
+
+    role: str
+    model_path: str
+    head: Literal["policy", "scalar"]
+    objective: ObjectiveName | None
+    """None: a frozen model, ZeRO-3 without an optimizer."""
+    model: ModelConfig
+    learner: LearnerConfig
+    optim: OptimConfig | None
+    micro_batch_tokens: int
+    packing: bool = False
+    total_steps: int = 1
+    temperature: float = 1.0
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    max_response_length: int = 1
+    shard_mb: float = 256
+    wire_dtype: str | None = None
+    """Of the weights that are sent; None: that of the model."""
+    pad_id: int = 0
+    seed: int = 0
+    canary_length: int = CANARY_LENGTH
+    transport: str = "object_store"
+    generator_workers: int = 1
+    """Tensor-parallel workers of each generator."""
+
+
+@ray.remote
+class LearnerWorker(Worker):
+    """One rank. Calls are collective: the driver sends every call to every rank, in the same order."""
+
+    def __init__(self, spec: LearnerSpec, rank: int, world: int) -> None:
+        super().__init__(f"{spec.role} {rank}")
+        self.spec = spec
+        self.rank = rank
+        self.world = world
+        self._client: GeneratorClient | None = None
+        self._sender: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Host and port where rank 0 gathers the group.
+
+        The port stays open from here on: many seconds pass until the group meets there, and a port that is only
+        looked up may be somebody else's by then.
+        """
+        self.meeting = socket.create_server(("", 0))
+        return ray.util.get_node_ip_address(), self.meeting.getsockname()[1]
+
+    def setup(self, address: str, port: int) -> dict[str, Any]:
+        """Join the group and load the model; returns pid, number of parameters and vocabulary."""
+        import torch
+
+        from rlhf_dist import adapters, models
+        from rlhf_dist.engines import deepspeed as engines
+        from rlhf_dist.engines import objectives
+
+        spec, m = self.spec, self.spec.model
+        listening = self.meeting.detach() if self.rank == 0 else None
+        self.store = engines.init_distributed(self.rank, self.world, address, port, listening)
+        load = models.load_policy if spec.head == "policy" else models.load_scalar
+        model = load(spec.model_path, m.dtype, m.attention, m.trust_remote_code)
+        if m.lora.rank and spec.head == "policy" and spec.optim is not None:
+            torch.manual_seed(spec.seed)  # every rank begins with the same adapters
+            model = adapters.add_adapters(model, m.lora)
+        if m.gradient_checkpointing and spec.optim is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.vocab = model.config.vocab_size
+        module: Any = (
+            models.PolicyModule(model, spec.temperature) if spec.head == "policy" else models.ScalarModule(model)
+        )
+        parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        learner = spec.learner if spec.optim is not None else spec.learner.model_copy(update={"zero_stage": 3})
+        self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps)
+        self.objective = _objective(spec)
+        self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
+        self.torch = torch
+        self.wire_dtype = getattr(torch, spec.wire_dtype or m.dtype)
+        return {
+            "pid": os.getpid(),
+            "parameters": parameters,
+            "trained_parameters": trained,
+            "vocab_size": self.vocab,
+            "threads": torch.get_num_threads(),
+        }
+
+    def update(
+        self,
+        table: pa.Table,
+        minibatches: Sequence[np.ndarray],
+        pretrain: pa.Table | None = None,
+        pretrain_minibatches: Sequence[np.ndarray] = (),
+    ) -> list[dict[str, float]]:
+        """One optimizer step per element of ``minibatches`` (rows of ``table``).
+
+        Args:
+            pretrain: text whose loss is added in each step (PPO-ptx), with its own rows for each.
+
+        Returns for each step this rank's share of every metric; shares of all
+        ranks add up to the global mean. ``lr`` and ``grad_norm`` are global.
+        """
+        figures = []
+        with self.trace.span(self.name, "update"):
+            self.engine.train()
+            for i, rows in enumerate(minibatches):
+                metrics = self._forward_backward(self.objective, table, rows)
+                if pretrain is not None:
+                    metrics |= self._forward_backward(self.pretraining, pretrain, pretrain_minibatches[i])
+                figures.append({**metrics, **self.engine.step()})
+        return figures
+
+    def _forward_backward(self, objective: Any, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+        """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
+        totals = objective.totals(table, rows)
+        metrics: dict[str, float] = {}
+        for batch in self._micro_batches(objective, table, rows):
+            loss, parts = objective.loss(self.engine, batch, totals)
+            self.engine.backward(loss)
+            for name, value in parts.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value)
+        return metrics
+
+    def _micro_batches(self, objective: Any, table: pa.Table, rows: np.ndarray) -> Iterator[Any]:
+        from rlhf_dist.data.batching import micro_batches
+
+        spec = self.spec
+        plan = micro_batches(
+            objective.lengths(table, rows), self.world, self.rank, spec.micro_batch_tokens, spec.packing
+        )
+        for part in plan:
+            batch = objective.collate(table, rows[part].tolist(), spec.pad_id, spec.packing)
+            yield batch.to(self.engine.device)
+
+    def pair_outcomes(self, table: pa.Table) -> pa.Table:
+        """Of this rank's pairs: ``source``, ``correct`` (the chosen side scores higher), and what "longer wins" says.
+
+        ``longer_wins`` is 1 if the chosen side has more tokens, ½ if both have equally many.
+        """
+        from rlhf_dist.data.batching import Ragged
+        from rlhf_dist.engines.objectives import PairwiseObjective
+
+        rows: list[int] = []
+        correct: list[bool] = []
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for batch in self._micro_batches(PairwiseObjective(), table, np.arange(table.num_rows)):
+                scores = self.engine(batch).reshape(-1)[batch.last]
+                rows += batch.rows
+                correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
+        longer = (Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths)[rows]
+        return pa.table(
+            {
+                "source": table["source"].take(pa.array(rows, pa.int64())),
+                "correct": pa.array(correct, pa.bool_()).cast(pa.float64()),
+                "longer_wins": pa.array((np.sign(longer) + 1) / 2),
+            }
+        )
+
+    def pair_logprobs(self, table: pa.Table) -> pa.Table:
+        """``row``, ``ref_chosen`` and ``ref_rejected`` of this rank's pairs: what the policy gives to whole responses.
+
+        Called before the first step, they are DPO's reference.
+        """
+        from rlhf_dist.engines import objectives
+
+        rows: list[int] = []
+        sums: list[float] = []
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for batch in self._micro_batches(objectives.PairwiseObjective(), table, np.arange(table.num_rows)):
+                rows += batch.rows
+                sums += objectives.pair_logprobs(self.engine, batch).tolist()[: 2 * len(batch.rows)]
+        columns = {"ref_chosen": pa.array(sums[0::2], pa.float32()), "ref_rejected": pa.array(sums[1::2], pa.float32())}
+        return pa.table({"row": pa.array(rows, pa.int64()), **columns})
+
+    def logprobs(self, chunk: pa.Table, column: str, rows: np.ndarray | None = None) -> pa.Table:
+        """``row`` and ``column``: log-probabilities of this rank's share of ``rows`` under the current policy."""
+        with self.trace.span(self.name, "logprobs"):
+            return self._per_token(take(chunk, rows), column, lambda batch: self.engine(batch)[0])
+
+    def values(self, chunk: pa.Table, rows: np.ndarray | None = None) -> pa.Table:
+        """``row`` and ``values`` of this rank's share of ``rows``."""
+        with self.trace.span(self.name, "values"):
+            return self._per_token(take(chunk, rows), "values", self.engine)
+
+    def scores(self, chunk: pa.Table, column: str) -> pa.Table:
+        """``row``, ``score`` and ``column`` (the component) of this rank's rows."""
+        rows: list[int] = []
+        values: list[float] = []
+        for batch, out in self._forward(chunk, np.arange(chunk.num_rows), self.engine):
+            rows += batch.rows
+            values += out.reshape(-1)[batch.last].tolist()[: len(batch.rows)]
+        score = pa.array(values, pa.float32())
+        return pa.table({"row": pa.array(rows, pa.int64()), "score": score, column: score})
+
+    def _per_token(self, chunk: pa.Table, name: str, forward: Any) -> pa.Table:
+        from rlhf_dist.data.batching import TokenColumn
+
+        column = TokenColumn(chunk)
+        for batch, out in self._forward(chunk, column.wanted, forward):
+            column.add(batch, out)
+        return column.table(name, with_skipped=self.rank == 0)
+
+    def _forward(self, chunk: pa.Table, rows: np.ndarray, forward: Any) -> Iterator[tuple[Any, Any]]:
+        from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+
+        spec = self.spec
+        lengths = sequence_lengths(chunk, rows)
+        self.engine.train(False)
+        with self.torch.no_grad():
+            for part in micro_batches(lengths, self.world, self.rank, spec.micro_batch_tokens, spec.packing):
+                batch = collate(chunk, rows[part].tolist(), (), spec.pad_id, spec.packing).to(self.engine.device)
+                yield batch, forward(batch)
+
+    def weights(self, version: int) -> tuple[list[Any], tuple[np.ndarray, np.ndarray] | None]:
+        """This rank's shards of what changed in ``version`` and, on rank 0, the canary: tokens and log-probabilities.
+
+        Groups of parameters are dealt out to the ranks, so that each packs and
+        sends its part. *Returned*, not put: the driver owns them, and they
+        survive this process.
+        """
+        with self.trace.span(self.name, "push_weights"):
+            shards = self._pack(version, "trained")
+            canary = self._canary()
+        return shards, canary if self.rank == 0 else None
+
+    def frozen_weights(self) -> tuple[list[Any], None]:
+        """This rank's shards of what never changes: the weights beside adapters; empty where all are trained."""
+        from rlhf_dist.engines.shards import FROZEN
+
+        return self._pack(FROZEN, "frozen"), None
+
+    def _pack(self, version: int, content: Literal["frozen", "trained"]) -> list[Any]:
+        from rlhf_dist.engines.shards import pack
+
+        # Every rank walks all groups, since gathering is collective, and packs its own.
+        groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20), content))
+        return [pack(version, group, self.wire_dtype) for i, group in groups if i % self.world == self.rank]
+
+    def push_weights(self, version: int, generators: list[ActorHandle]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Send ``version`` to ``generators`` by vLLM's own transport; rank 0 returns the canary."""
+        with self.trace.span(self.name, "push_weights"):
+            if self._client is None or self._sender is None:
+                self._client, self._sender = self._connect(generators)
+            self._client.version = version
+            self._sender.send_weights()
+            canary = self._canary()
+        return canary if self.rank == 0 else None
+
+    def _connect(self, generators: list[ActorHandle]) -> tuple[GeneratorClient, Any]:
+        from rlhf_dist.engines import weight_sync
+
+        client = GeneratorClient(generators, self.spec.generator_workers)
+        group_bytes = int(self.spec.shard_mb * 2**20)
+        source = weight_sync.weight_source(lambda: self.engine.named_weights(group_bytes), self.wire_dtype)
+        sender = weight_sync.open_trainer(
+            self.spec.transport,
+            source,
+            client,
+            rank=self.rank,
+            address=self.address(),
+            world_size=client.world_size,
+            buffer_bytes=group_bytes,
+        )
+        return client, sender
+
+    def _canary(self) -> tuple[np.ndarray, np.ndarray]:
+        """A fixed prompt of random tokens; its log-probabilities at temperature 1."""
+        from rlhf_dist.data.batching import collate
+
+        ids = np.random.default_rng(0).integers(0, self.vocab, self.spec.canary_length, dtype=np.int32)
+        table = pa.table(
+            {
+                "prompt_ids": pa.array([ids[:1]], pa.list_(pa.int32())),
+                "response_ids": pa.array([ids[1:]], pa.list_(pa.int32())),
+            }
+        )
+        batch = collate(table, [0], (), self.spec.pad_id, False).to(self.engine.device)
+        self.engine.train(False)
+        with self.torch.no_grad():
+            logprobs, _ = self.engine(batch, temperature=1.0)
+        return ids, batch.gather(logprobs)
+
+    def export(self, folder: str, tokenizer_dir: str) -> None:
+        """Write the model in Hugging Face's format, with its tokenizer."""
+        self.engine.export(folder, int(self.spec.shard_mb * 2**20))
+        if self.rank == 0:
+            from rlhf_dist.data.tokenization import load_tokenizer, save_tokenizer
+
+            save_tokenizer(load_tokenizer(tokenizer_dir), folder)
+
+
+def _objective(spec: LearnerSpec) -> Any:
+    from rlhf_dist.engines import objectives
+
+    match spec.objective:
+        case "sft":
+            return objectives.SFTObjective()
+        case "distill":
+            return objectives.DistillObjective()
+        case "pairwise":
+            return objectives.PairwiseObjective()
+        case "kwise":
+            return objectives.KWiseObjective()
+        case "dpo":
+            return objectives.DPOObjective(spec.dpo)
+        case "policy":
+            return objectives.PolicyObjective(spec.algo, spec.max_response_length)
+        case "critic":
+            return objectives.CriticObjective(spec.algo)
+        case None:
+            return None
