@@ -58,7 +58,7 @@ COMMON = [
 GRPO = ["reward.components=[{name: length, function: benchmarks.asynchrony:length}]"]
 OVERLAP = [
     "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 48, max_prompt_length: 48}",
-    "train={steps: 20, batch_size: 64, epochs: 2, micro_batch_tokens: 8192}",
+    "train={steps: 20, batch_size: 64, micro_batch_tokens: 8192}",
 ]
 TAILS = [
     "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 1400, max_prompt_length: 48}",
