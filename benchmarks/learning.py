@@ -121,7 +121,7 @@ def show(runs: list[dict[str, Any]]) -> None:
         kl = f"{mean('kl'):.2f}" if all(r["kl"] is not None for r in part) else "-"
         cells = [mean("sft"), mean("gold_score"), min(gold), max(gold), mean("gold_score_greedy")]
         table.add_row(name, str(len(part)), *(f"{x:.3f}" for x in cells), kl, f"{mean('stage_seconds'):.0f}")
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,13 @@ class Generator(Worker):
         pulled = time.perf_counter() - started
         shards = [shard for shards, _ in published for shard in shards]
         ids, expected = next(canary for _, canary in published if canary is not None)
+
+        def load(engine: Any) -> Any:
+            with self.trace.span(self.name, "load", version=version):
+                return engine.load(version, shards, ids, expected)
+
         try:
-            record = self._run(lambda engine: engine.load(version, shards, ids, expected), when_idle=self._drains)
+            record = self._run(load, when_idle=self._drains)
         except RuntimeError as error:
             raise type(error)(f"generator {self.index}: {error}") from None
         return _figures(record, pulled)
@@ -200,18 +205,30 @@ class Generator(Worker):
         try:
             while True:
                 self._commands(engine)
-                # While a command waits for an idle engine, nothing new begins.
-                samples, texts = engine.step(begin=self._next is None)
-                for sample in samples:
-                    self.outbox.add(sample)
-                self.outbox.poll()
-                for text in texts:
-                    self._texts[text.row].put(text)
+                with self.trace.span(self.name, "generate", running=engine.running):
+                    self._decode(engine)
         except BaseException as error:  # noqa: BLE001  (a background thread: its death must reach every caller)
             self._error = error
             self.outbox.fail(error)
             for waiting in self._texts.values():
                 waiting.put(error)
+
+    def _decode(self, engine: Any) -> None:
+        """Step until a command can run, or there is nothing to decode."""
+        while True:
+            # While a command waits for an idle engine, nothing new begins.
+            samples, texts = engine.step(begin=self._next is None)
+            for sample in samples:
+                self.outbox.add(sample)
+            self.outbox.poll()
+            for text in texts:
+                self._texts[text.row].put(text)
+            if self._next is not None:
+                done = not engine.running
+            else:
+                done = not engine.active or not self._inbox.empty()
+            if done:
+                return
 
     def _commands(self, engine: Any) -> None:
         """Run what waits in the inbox; block only when there is nothing to decode."""
