@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning                       # all algorithms, three seeds; hours on two cores
     python -m benchmarks.learning --only grpo rloo --seeds 0
+    python -m benchmarks.learning --stale               # PPO with staleness 1 and 4, with and without correction
     python -m benchmarks.learning --table               # print what was measured so far
 
 One SFT and one reward-model checkpoint per seed is shared by all; each algorithm then gets the same number of steps
@@ -30,6 +31,13 @@ CONFIGS = ROOT / "configs" / "algorithms"
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 #: It does not start from the shared policy but makes one.
 LEFT_OUT = ("distill",)
+#: PPO with generators that run ahead, beside the files of configs/algorithms.
+STALE = {
+    "ppo, S=1": ["rollout.max_staleness=1"],
+    "ppo, S=4": ["rollout.max_staleness=4"],
+    "ppo, S=4, no correction": ["rollout.max_staleness=4", "algo.rollout_correction=none"],
+    "ppo, S=4, decoupled": ["rollout.max_staleness=4", "algo.policy_loss=decoupled_ppo"],
+}
 #: Steps of 128 samples: enough for every algorithm to show where it is going.
 STEPS = 60
 
@@ -41,11 +49,13 @@ def main() -> None:
         "--only", nargs="+", help="names of files in configs/algorithms, without .yaml; ppo is the default"
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="where the runs go")
+    parser.add_argument("--stale", action="store_true", help="the runs with staleness instead")
     parser.add_argument("--table", action="store_true", help="print the results and exit")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
     if not args.table:
-        names = args.only or ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in LEFT_OUT)]
+        files = ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in LEFT_OUT)]
+        names = list(STALE) if args.stale else args.only or files
         for seed in args.seeds:
             for name in names:
                 if not any((r["algorithm"], r["seed"]) == (name, seed) for r in results["runs"]):
@@ -59,7 +69,9 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
     """One algorithm from the seed's shared checkpoints."""
     base = shared_checkpoints(seed, runs)
     file = CONFIGS / f"{name}.yaml"
-    text = yaml.safe_load(file.read_text()) if name != "ppo" else {}
+    by_default = name == "ppo" or name in STALE
+    text = {} if by_default else yaml.safe_load(file.read_text())
+    folder = f"{name.replace(', ', '-').replace(' ', '_').replace('=', '')}-{seed}"
     options = [f"seed={seed}", f"model.path={base / 'sft'}", "model.architecture={}", f"run.root={runs}"]
     stages = [stage for stage in text.get("pipeline", {}).get("stages", []) if stage != "sft"]
     if "reward_model" in text:  # a reward model of its own
@@ -70,9 +82,9 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
         options += ["recipe=ppo", f"critic.path={base / 'reward_model'}"]
         if "components" not in text.get("reward", {}):
             options += [f"reward.components=[{{name: reward_model, model: {base / 'reward_model'}}}]"]
-    options += [f"train.steps={STEPS}", f"run.name={name}-{seed}", "run.save_rollouts=false"]
+    options += [f"train.steps={STEPS}", f"run.name={folder}", "run.save_rollouts=false", *STALE.get(name, [])]
     started = time.time()
-    summary = execute([*(["--config", str(file)] if name != "ppo" else []), *options], runs / f"{name}-{seed}")
+    summary = execute([*([] if by_default else ["--config", str(file)]), *options], runs / folder)
     last = stages[-1] if stages else "ppo"
     before, after = summary["eval"]["sft"], summary["eval"][last]
     return {
@@ -82,7 +94,7 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
         "gold_score": after["gold_score"],
         "gold_score_greedy": after["gold_score_greedy"],
         "kl": after.get("kl"),
-        "stage_seconds": stage_seconds(runs / f"{name}-{seed}", last),
+        "stage_seconds": stage_seconds(runs / folder, last),
         "wall_seconds": round(time.time() - started, 1),
         "versions": summary["versions"],
         "options": [option.replace(str(runs), "RUNS") for option in options],

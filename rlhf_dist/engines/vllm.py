@@ -416,8 +416,16 @@ class GeneratorEngine:
             raise WeightSyncError(str(error)) from error
 
     def finish_weight_update(self, version: int) -> None:
-        """The last payload is in; :meth:`gate` must pass before anything is sampled."""
-        self.llm.finish_weight_update(weight_version=str(version))
+        """The last payload is in; :meth:`gate` must pass before anything is sampled.
+
+        Raises:
+            WeightSyncError: no weights had come.
+        """
+        try:
+            self.llm.finish_weight_update(weight_version=str(version))
+        except WeightSyncError:
+            self.llm.finish_weight_update()  # else vLLM takes the update for one that is still going on
+            raise
         self._end_update(version)
 
     def _end_update(self, version: int) -> None:

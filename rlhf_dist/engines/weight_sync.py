@@ -113,9 +113,9 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
         self._shards = shards
 
     def finish_weight_update(self) -> None:
-        if not self._received:
+        received, self._received = self._received, not self._received
+        if not received:  # the next call closes the update
             raise WeightSyncError("a weight update was finished, but no weights had come")
-        self._received = False
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_heads(self.model)
         self._shards = []
