@@ -63,9 +63,12 @@ OVERLAP = [
     "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 48, max_prompt_length: 48}",
     "train={steps: 20, batch_size: 64, micro_batch_tokens: 8192}",
 ]
+#: Four times as many samples in a step as are decoded at once: the longest response takes longer than a step would with
+#: fewer, and no bound on the age leaves room for that.
+TAIL_SAMPLES = 512
 TAILS = [
-    "rollout={batch_size: 32, n_samples_per_prompt: 4, max_response_length: 1400, max_prompt_length: 48}",
-    "train={steps: 14, batch_size: 128, micro_batch_tokens: 8192}",
+    "rollout={batch_size: 128, n_samples_per_prompt: 4, max_response_length: 1400, max_prompt_length: 48}",
+    f"train={{steps: 9, batch_size: {TAIL_SAMPLES}, micro_batch_tokens: 8192}}",
     "generator.max_num_seqs=128",
 ]
 BOTH = ["generator.cpus=2", "policy.learner.cpus=2", "critic.learner.cpus=2", "reward.cpus=1", "cluster.local_cpus=8"]
@@ -184,8 +187,7 @@ def tails(folder: Path, repetitions: int) -> list[dict[str, Any]]:
         runs.append({"kind": "bare vLLM", "tokens_per_second": bare(policy)})
         for staleness in (0, 2):
             lines = run(folder, "tails", [*base, f"rollout.max_staleness={staleness}"])
-            samples = 128
-            tokens = sum(line["rollout/response_length_mean"] * samples for line in lines[1:])
+            tokens = sum(line["rollout/response_length_mean"] * TAIL_SAMPLES for line in lines[1:])
             rate = tokens / (lines[-1]["time"] - lines[0]["time"])
             longest = max(line["rollout/response_length_max"] for line in lines)
             runs.append({"kind": f"S={staleness}, keep", "tokens_per_second": rate, "longest": longest})
