@@ -6,7 +6,7 @@ of an adapted layer under ``NAME.base_layer.weight``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,20 +126,20 @@ def _numel(parameter: nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()  # type: ignore[return-value]
 
 
-def merging(tensors: Callable[[], Any]) -> Callable[[], Any]:
-    """A source of ``(name, tensor)`` with every adapter merged into its weight.
+def merged(tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, with the adapter beside it merged in; weights and factors may come in any order.
 
-    The weights come first, then the factors. Raises KeyError with the name of a factor without a weight.
+    Args:
+        tensors: called twice, so that weights stream through while only the factors are held.
+
+    Raises:
+        KeyError: names a factor without a weight.
     """
-
-    def merged() -> Any:
-        factors: dict[str, Tensor] = {name: t for name, t in tensors() if name.endswith((LEFT, RIGHT))}
-        for name, tensor in tensors():
-            if name.endswith((LEFT, RIGHT)):
-                continue
-            left = factors.pop(name + LEFT, None)
-            yield name, tensor if left is None else merge(tensor, left, factors.pop(name + RIGHT))
-        if factors:
-            raise KeyError(min(factors))
-
-    return merged
+    factors = {name: tensor for name, tensor in tensors() if name.endswith((LEFT, RIGHT))}
+    for name, tensor in tensors():
+        if name.endswith((LEFT, RIGHT)):
+            continue
+        left = factors.pop(name + LEFT, None)
+        yield name, tensor if left is None else merge(tensor, left, factors.pop(name + RIGHT))
+    if factors:
+        raise KeyError(min(factors))

@@ -111,3 +111,11 @@ def generator_engine(folder: Path, *, tensor_parallel_size: int = 1, **rollout: 
         seed=0,
         context=rollout.get("max_prompt_length", 32) + 16,
     )
+
+
+def finish(engine: Any) -> list[Any]:
+    """Everything that is running or waiting and may begin."""
+    samples: list[Any] = []
+    while engine.active:
+        samples += engine.step()[0]
+    return samples

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 
 from rlhf_dist.adapters import LEFT, RIGHT
 from rlhf_dist.config import LoRAConfig
-from rlhf_dist.engines.shards import Shard, Tensors, WeightSyncError, verify_all
+from rlhf_dist.engines.shards import Shard, Tensors, WeightSyncError, shared_folder, verify_all
 
 
 class AdapterFiles:
@@ -22,8 +20,7 @@ class AdapterFiles:
     """
 
     def __init__(self, cfg: LoRAConfig) -> None:
-        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self._folder = tempfile.TemporaryDirectory(prefix="rlhf_dist_lora_", dir=memory)
+        self._folder = shared_folder("rlhf_dist_lora_")
         self._tensors: Tensors = {}
         self.path = self._folder.name
         # The scale is in the factors already, so alpha / r must be 1.

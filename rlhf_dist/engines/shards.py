@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -122,6 +124,12 @@ def verify_all(shards: Sequence[Shard], version: int, first: Tensors) -> Tensors
         if found != first[name]:
             raise WeightSyncError(f"version {version}: tensor {name} is {found}, in the first sync {first[name]}")
     return tensors
+
+
+def shared_folder(prefix: str) -> tempfile.TemporaryDirectory:
+    """A folder in shared memory, where there is one: for vLLM's worker processes, which are no Ray workers."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=memory)
 
 
 def _digest(header: bytes, data: np.ndarray) -> bytes:

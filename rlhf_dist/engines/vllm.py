@@ -140,7 +140,6 @@ class GeneratorEngine:
         max_logprobs: int = 20,
     ) -> None:
         weight_sync.register()
-        self.transport = sync.transport
         # The coarser of the two types decides.
         self.precision = "bfloat16" if "bfloat16" in (model.dtype, sync.wire_dtype) else "float32"
         self.tolerance = sync.canary_tolerance or TOLERANCE[self.precision]

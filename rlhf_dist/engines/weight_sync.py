@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +40,8 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from rlhf_dist.adapters import merging
-from rlhf_dist.engines.shards import FROZEN, Shard, Tensors, WeightSyncError, verify_all
+from rlhf_dist.adapters import merged
+from rlhf_dist.engines.shards import FROZEN, Shard, Tensors, WeightSyncError, shared_folder, verify_all
 
 BACKEND = "object_store"
 
@@ -137,7 +136,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             nonlocal current
-            for current, tensor in merging(lambda: (pair for shard in shards for pair in shard.tensors()))():
+            for current, tensor in merged(lambda: (pair for shard in shards for pair in shard.tensors())):
                 yield current, tensor.to(self.device)
 
         try:
@@ -214,8 +213,7 @@ class StagedShards:
     """
 
     def __init__(self, shards: list[Shard]) -> None:
-        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self.folder = tempfile.TemporaryDirectory(prefix="rlhf_dist_sync_", dir=memory)
+        self.folder = shared_folder("rlhf_dist_sync_")
         self.info: list[tuple[str, dict[str, Any]]] = []
         for i, shard in enumerate(shards):
             path = os.path.join(self.folder.name, str(i))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,23 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def one_engine_at_a_time() -> Iterator[None]:
+    """What a test leaves of its vLLM engine goes before the next one comes."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def engines_in_this_process() -> Iterator[None]:
+    """vLLM joins torch's default process group in this process; other tests make their own."""
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture

@@ -5,37 +5,20 @@ A real vLLM engine against a transformers model in float32.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
-from sync_models import CANARY, VOCAB, build, generator_engine, logprobs, perturb, shards_of
+from sync_models import CANARY, VOCAB, build, finish, generator_engine, logprobs, perturb, shards_of
 from transformers import PreTrainedModel
 
 from rlhf_dist.engines.shards import WeightSyncError
 
 TOLERANCE = 1e-4
 LENGTH = 16
+pytestmark = pytest.mark.usefixtures("engines_in_this_process", "one_engine_at_a_time")
 PROMPT = np.random.default_rng(1).integers(0, VOCAB, 7, dtype=np.int32)
-
-
-@pytest.fixture(autouse=True)
-def _one_engine_at_a_time() -> Iterator[None]:
-    yield
-    gc.collect()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_process_group() -> Iterator[None]:
-    """vLLM joins torch's default process group in this process; other tests make their own."""
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 def load(engine: Any, model: PreTrainedModel) -> Any:
@@ -45,13 +28,6 @@ def load(engine: Any, model: PreTrainedModel) -> Any:
 
 def steps(engine: Any, n: int) -> list[Any]:
     return [sample for _ in range(n) for sample in engine.step()[0]]
-
-
-def finish(engine: Any) -> list[Any]:
-    samples: list[Any] = []
-    while engine.active:
-        samples += engine.step()[0]
-    return samples
 
 
 def differences(model: PreTrainedModel, sample: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.learner_worker import LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
-from rlhf_dist.adapters import merging
+from rlhf_dist.adapters import merged
 from rlhf_dist.config import AlgoConfig, LearnerConfig, LoRAConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
 from rlhf_dist.data.experience import join
@@ -115,7 +115,7 @@ def train(spec: LearnerSpec, folders: Path, out: Path) -> Outcome:
     shards = [shard for shards, _ in parts for shard in shards]
     for shard in shards:
         shard.verify(1)
-    named = list(merging(lambda: (pair for shard in shards for pair in shard.tensors()))())
+    named = list(merged(lambda: (pair for shard in shards for pair in shard.tensors())))
     canary = next((c[1] for _, c in parts if c is not None), None)
     return Outcome(steps, exported, dict(named), [n for n, _ in named], canary)
 

@@ -5,9 +5,8 @@ The learner is a transformers model in float32; what it sends are the names and 
 
 from __future__ import annotations
 
-import gc
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sync_models import CANARY, build, generator_engine, logprobs, perturb, shards_of
+from sync_models import CANARY, build, finish, generator_engine, logprobs, perturb, shards_of
 from transformers import PreTrainedModel
 
 from rlhf_dist.engines.shards import Shard, WeightSyncError, pack
 
 TOLERANCE = 1e-4
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _one_engine_at_a_time() -> Iterator[None]:
-    yield
-    gc.collect()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _leave_no_process_group() -> Iterator[None]:
-    """vLLM joins torch's default process group in this process; other tests make their own."""
-    yield
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    gc.collect()
-    cleanup_dist_env_and_memory()
+pytestmark = pytest.mark.usefixtures("engines_in_this_process", "one_engine_at_a_time")
 
 
 def check_sync(engine: Any, model: PreTrainedModel, version: int) -> None:
@@ -48,14 +32,6 @@ def check_sync(engine: Any, model: PreTrainedModel, version: int) -> None:
     assert record.nbytes == sum(p.numel() * 4 for p in model.parameters())
     if version > 0:
         assert record.canary_tells_apart
-
-
-def finish(engine: Any) -> list[Any]:
-    """Everything that is running or waiting and may begin."""
-    samples: list[Any] = []
-    while engine.active:
-        samples += engine.step()[0]
-    return samples
 
 
 def sampled_difference(engine: Any, model: PreTrainedModel) -> float:

@@ -12,7 +12,7 @@ from sync_models import build
 from tiny import tiny_llama
 from transformers import PreTrainedModel
 
-from rlhf_dist.adapters import LEFT, RIGHT, add_adapters, grouped, merging, weights_of
+from rlhf_dist.adapters import LEFT, RIGHT, add_adapters, grouped, merged, weights_of
 from rlhf_dist.config import LoRAConfig
 
 LORA = LoRAConfig(rank=3, alpha=12)
@@ -62,9 +62,9 @@ def test_what_is_frozen_and_what_is_trained_make_the_whole(name: str, tmp_path: 
     assert all(torch.equal(frozen[n], p) for n, p in plain.named_parameters())
     assert all(n.endswith((LEFT, RIGHT)) for n in factors)
     assert sum(t.numel() for t in factors.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    merged = dict(merging(lambda: [*frozen.items(), *factors.items()])())
-    assert merged.keys() == whole.keys()
-    assert all(torch.equal(merged[n], whole[n]) for n in whole)
+    found = dict(merged(lambda: [*frozen.items(), *factors.items()]))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[n], whole[n]) for n in whole)
 
 
 def test_without_adapters_everything_is_trained() -> None:
@@ -87,7 +87,7 @@ def test_groups_close_at_their_size() -> None:
 def test_a_factor_without_its_weight_is_named() -> None:
     pairs = [("a", torch.zeros(2, 2)), ("b" + LEFT, torch.zeros(2, 1)), ("b" + RIGHT, torch.zeros(1, 2))]
     with pytest.raises(KeyError, match="lora_left"):
-        list(merging(lambda: pairs)())
+        list(merged(lambda: pairs))
 
 
 def test_only_adapters_of_the_named_layers_are_trained() -> None:
