@@ -138,17 +138,21 @@ class Generator(Worker):
             columns[name] = Ragged.to_arrow(np.concatenate(parts), lengths * k)
         return len(rows), pa.table(columns)
 
-    def load(self, version: int, parts: list[ray.ObjectRef]) -> Any:
-        """Pull one version of the weights and pass the gate; returns the ``SyncRecord``."""
+    def load(self, version: int, parts: list[ray.ObjectRef], canaries: list[ray.ObjectRef]) -> Any:
+        """Pull one version of the weights and pass the gate; returns the ``SyncRecord``.
+
+        Args:
+            parts: shards of each rank of the learner.
+            canaries: of each rank; rank 0 has tokens and log-probabilities, the others None.
+        """
         started = time.perf_counter()
-        published = ray.get(parts)
+        shards = [shard for of_rank in ray.get(parts) for shard in of_rank]
         pulled = time.perf_counter() - started
-        shards = [shard for shards, _ in published for shard in shards]
-        ids, expected = next(canary for _, canary in published if canary is not None)
 
         def load(engine: Any) -> Any:
             with self.trace.span(self.name, "load", version=version):
-                return engine.load(version, shards, ids, expected)
+                # The learner computes its canary meanwhile.
+                return engine.load(version, shards, lambda: _canary(ray.get(canaries)))
 
         try:
             record = self._run(load, when_idle=self._drains)
@@ -176,8 +180,8 @@ class Generator(Worker):
         Args:
             canaries: of each rank of the learner; rank 0 has tokens and log-probabilities, the others None.
         """
-        ids, expected = next(canary for canary in canaries if canary is not None)
-        return _figures(self._run(lambda engine: engine.gate(version, ids, expected)), 0.0)
+        canary = _canary(canaries)
+        return _figures(self._run(lambda engine: engine.gate(version, *canary)), 0.0)
 
     @property
     def _drains(self) -> bool:
@@ -244,6 +248,10 @@ class Generator(Worker):
                 command.answer.set_result(command.call(engine))
             except BaseException as error:  # noqa: BLE001  (goes to the caller)
                 command.answer.set_exception(error)
+
+
+def _canary(of_ranks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    return next(canary for canary in of_ranks if canary is not None)
 
 
 def _checked(result: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from rlhf_dist.data.experience import take
 ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", "critic"]
 
 #: Tokens of the canary prompt.
-CANARY_LENGTH = 32
+CANARY_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class LearnerWorker(Worker):
         self.world = world
         self._client: GeneratorClient | None = None
         self._sender: Any = None
+        self._sent: list[Any] = []
 
     def address(self) -> tuple[str, int]:
         """Host and port where rank 0 gathers the group.
@@ -241,30 +243,39 @@ class LearnerWorker(Worker):
                 batch = collate(chunk, rows[part].tolist(), (), spec.pad_id, spec.packing).to(self.engine.device)
                 yield batch, forward(batch)
 
-    def weights(self, version: int) -> tuple[list[Any], tuple[np.ndarray, np.ndarray] | None]:
-        """This rank's shards of what changed in ``version`` and, on rank 0, the canary: tokens and log-probabilities.
+    def weights(self, version: int) -> list[Any]:
+        """This rank's shards of what changed in ``version``.
 
         Groups of parameters are dealt out to the ranks, so that each packs and
         sends its part. *Returned*, not put: the driver owns them, and they
         survive this process.
         """
         with self.trace.span(self.name, "push_weights"):
-            shards = self._pack(version, "trained")
-            canary = self._canary()
-        return shards, canary if self.rank == 0 else None
+            # Ray has copied the shards of the version before when it returned them.
+            shards = self._pack(version, "trained", [shard.data for shard in self._sent])
+            self._sent = shards
+        return shards
 
-    def frozen_weights(self) -> tuple[list[Any], None]:
+    def canary(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """From rank 0 tokens and log-probabilities of the canary; computed while the generators load the weights."""
+        with self.trace.span(self.name, "canary"):
+            canary = self._canary()
+        return canary if self.rank == 0 else None
+
+    def frozen_weights(self) -> list[Any]:
         """This rank's shards of what never changes: the weights beside adapters; empty where all are trained."""
         from rlhf_dist.engines.shards import FROZEN
 
-        return self._pack(FROZEN, "frozen"), None
+        return self._pack(FROZEN, "frozen", [])
 
-    def _pack(self, version: int, content: Literal["frozen", "trained"]) -> list[Any]:
+    def _pack(self, version: int, content: Literal["frozen", "trained"], buffers: Sequence[np.ndarray]) -> list[Any]:
         from rlhf_dist.engines.shards import pack
 
         # Every rank walks all groups, since gathering is collective, and packs its own.
         groups = enumerate(self.engine.named_weights(int(self.spec.shard_mb * 2**20), content))
-        return [pack(version, group, self.wire_dtype) for i, group in groups if i % self.world == self.rank]
+        own = (group for i, group in groups if i % self.world == self.rank)
+        buffer = itertools.chain(buffers, itertools.repeat(None))
+        return [pack(version, group, self.wire_dtype, next(buffer)) for group in own]
 
     def push_weights(self, version: int, generators: list[ActorHandle]) -> tuple[np.ndarray, np.ndarray] | None:
         """Send ``version`` to ``generators`` by vLLM's own transport; rank 0 returns the canary."""

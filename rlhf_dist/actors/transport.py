@@ -35,14 +35,17 @@ class PulledWeights:
 
     version: int
     parts: list[ObjectRef]
-    """For each rank its shards and, from rank 0, the canary."""
+    """The shards of each rank."""
+    canaries: list[ObjectRef]
+    """From rank 0 the canary, from the others None."""
 
     @classmethod
     def publish(cls, version: int, ranks: Sequence[ActorHandle], frozen: Sequence[ObjectRef]) -> PulledWeights:
-        return cls(version, [*frozen, *(r.weights.remote(version) for r in ranks)])
+        parts = [*frozen, *(r.weights.remote(version) for r in ranks)]
+        return cls(version, parts, [r.canary.remote() for r in ranks])
 
     def deliver(self, generators: Sequence[ActorHandle]) -> list[ObjectRef]:
-        return [g.load.remote(self.version, self.parts) for g in generators]
+        return [g.load.remote(self.version, self.parts, self.canaries) for g in generators]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -37,6 +38,8 @@ from rlhf_dist.engines.shards import Shard, WeightSyncError
 #: Largest difference of canary log-probabilities between learner and generator that a correct sync shows.
 #: float32: other kernels and orders of summation. bfloat16: 8 bits of mantissa through all layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+#: Returns ``[C]`` tokens of the fixed canary prompt, and ``[C - 1]`` the learner's log-probabilities of ``tokens[1:]``.
+Canary = Callable[[], tuple[np.ndarray, np.ndarray]]
 #: Version of weights that came from a checkpoint instead of a learner.
 FROM_DISK = -1
 
@@ -320,28 +323,27 @@ class GeneratorEngine:
             policy_versions=np.repeat([int(s.version) for s in spans], [s.end - s.start for s in spans]),
         )
 
-    def load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
+    def load(self, version: int, shards: list[Shard], canary: Canary) -> SyncRecord:
         """Load one version and pass the gate; what fails is loaded once more from scratch.
 
         Args:
-            canary_ids: ``[C]`` tokens of the fixed canary prompt.
-            expected: ``[C - 1]`` the learner's log-probabilities of ``canary_ids[1:]`` at this version.
+            canary: called when the weights are in.
 
         Raises:
             WeightSyncError: names version and tensor, or the canary's difference.
         """
         try:
-            return self._load(version, shards, canary_ids, expected)
+            return self._load(version, shards, canary)
         except WeightSyncError as first:
             if self._broken:
                 raise
-            record = self._load(version, shards, canary_ids, expected)
+            record = self._load(version, shards, canary)
             record.reloaded_after = str(first)
             return record
 
-    def _load(self, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
+    def _load(self, version: int, shards: list[Shard], canary: Canary) -> SyncRecord:
         if self._adapters:
-            return self._load_adapters(self._adapters, version, shards, canary_ids, expected)
+            return self._load_adapters(self._adapters, version, shards, canary)
         staged = weight_sync.StagedShards(shards) if self.staged else None
         try:
             self.start_weight_update()
@@ -350,11 +352,9 @@ class GeneratorEngine:
         finally:
             if staged:
                 staged.release()
-        return self.gate(version, canary_ids, expected)
+        return self.gate(version, *canary())
 
-    def _load_adapters(
-        self, files: AdapterFiles, version: int, shards: list[Shard], canary_ids: np.ndarray, expected: np.ndarray
-    ) -> SyncRecord:
+    def _load_adapters(self, files: AdapterFiles, version: int, shards: list[Shard], canary: Canary) -> SyncRecord:
         """The same for adapters that vLLM serves: it replaces them in place, also for requests that run on."""
         self._begin_update()
         self._update.nbytes = files.write(version, shards)
@@ -364,7 +364,7 @@ class GeneratorEngine:
             raise WeightSyncError(f"version {version}: vLLM did not take the adapters")
         self.engine.set_weight_version(str(version))
         self._end_update(version)
-        return self.gate(version, canary_ids, expected)
+        return self.gate(version, *canary())
 
     def _restart_running(self) -> None:
         """Take back every sample that is under way: its last tokens come from weights that cannot be trusted."""
@@ -434,7 +434,11 @@ class GeneratorEngine:
         self._update.load_seconds += time.perf_counter()
 
     def gate(self, version: int, canary_ids: np.ndarray, expected: np.ndarray) -> SyncRecord:
-        """Compare the canary under the new weights with the learner's; arguments and error as of :meth:`load`."""
+        """Compare the canary under the new weights with the learner's; both as in :data:`Canary`.
+
+        Raises:
+            WeightSyncError: names the version and the difference.
+        """
         record, started = self._update, time.perf_counter()
         reported = self.llm.get_weight_version()
         if not record.version == version or reported != str(version):

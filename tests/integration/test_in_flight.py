@@ -23,7 +23,7 @@ PROMPT = np.random.default_rng(1).integers(0, VOCAB, 7, dtype=np.int32)
 
 def load(engine: Any, model: PreTrainedModel) -> Any:
     version = engine.version + 1
-    return engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+    return engine.load(version, shards_of(model, version), lambda: (CANARY, logprobs(model, CANARY)))
 
 
 def steps(engine: Any, n: int) -> list[Any]:
@@ -103,7 +103,7 @@ def test_what_was_sampled_under_weights_that_failed_the_gate_never_leaves(tmp_pa
     perturb(model, 1)
     wrong = logprobs(model, CANARY) + 1
     with pytest.raises(WeightSyncError, match="canary of version 1"):
-        engine.load(1, shards_of(model, 1), CANARY, wrong)
+        engine.load(1, shards_of(model, 1), lambda: (CANARY, wrong))
     assert not engine.active
     load(engine, model)
     samples = finish(engine)

@@ -109,15 +109,15 @@ def train(spec: LearnerSpec, folders: Path, out: Path) -> Outcome:
     with running(spec) as group:
         steps = group.update(table, [everything, everything[::-2]]).steps()
         group.export(str(out), str(folders / "tokenizer"))
-        parts = ray.get(group.weights(1).parts) if spec.head == "policy" else []
+        weights = group.weights(1) if spec.head == "policy" else PulledWeights(1, [], [])
+        shards = [shard for of_rank in ray.get(weights.parts) for shard in of_rank]
+        canaries = [c for c in ray.get(weights.canaries) if c is not None]
     auto = AutoModelForCausalLM if spec.head == "policy" else AutoModelForSequenceClassification
     exported = {n: p.detach() for n, p in auto.from_pretrained(out).named_parameters()}
-    shards = [shard for shards, _ in parts for shard in shards]
     for shard in shards:
         shard.verify(1)
     named = list(merged(lambda: (pair for shard in shards for pair in shard.tensors())))
-    canary = next((c[1] for _, c in parts if c is not None), None)
-    return Outcome(steps, exported, dict(named), [n for n, _ in named], canary)
+    return Outcome(steps, exported, dict(named), [n for n, _ in named], canaries[0][1] if canaries else None)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_bfloat16_learns(folders: Path) -> None:
     rows = np.arange(table.num_rows)
     with running(spec_of(folders, "policy", 1, 1, dtype="bfloat16")) as group:
         steps = group.update(table, [rows] * 3).steps()
-        [shards] = [s for s, _ in ray.get(group.weights(1).parts)]
+        [shards] = ray.get(group.weights(1).parts)
     assert all(np.isfinite(list(step.values())).all() for step in steps)
     assert len({step["loss"] for step in steps}) == 3, "the weights move"
     assert {dtype for shard in shards for dtype in shard.dtypes} == {"bfloat16"}

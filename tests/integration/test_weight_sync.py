@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("engines_in_this_process", "one_engine_at_a
 
 
 def check_sync(engine: Any, model: PreTrainedModel, version: int) -> None:
-    record = engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+    record = engine.load(version, shards_of(model, version), lambda: (CANARY, logprobs(model, CANARY)))
     assert record.canary_diff < TOLERANCE
     assert record.version == engine.version == version
     assert record.tensors == len({name for shard in shards_of(model, version) for name in shard.names})
@@ -86,9 +86,9 @@ def check_that_failed_workers_are_not_used_again(engine: Any, model: PreTrainedM
     """vLLM's answers are out of step after a failure; the message still names version and tensors."""
     shards, expected = flipped_byte(shards_of(model, 3)), logprobs(model, CANARY)
     with pytest.raises(WeightSyncError, match=r"version 3 with .* do not match their digest"):
-        engine.load(3, shards, CANARY, expected)
+        engine.load(3, shards, lambda: (CANARY, expected))
     with pytest.raises(WeightSyncError, match=r"start them anew: .*version 3 with"):
-        engine.load(3, shards_of(model, 3), CANARY, expected)
+        engine.load(3, shards_of(model, 3), lambda: (CANARY, expected))
 
 
 def flipped_byte(shards: list[Shard]) -> list[Shard]:
@@ -163,10 +163,10 @@ def test_a_first_sync_with_a_wrong_shape_names_the_tensor_and_can_be_repeated(tm
     perturb(model, 7)
     broken = FAULTS["wrong shape"][0](shards_of(model, 0))
     with pytest.raises(WeightSyncError, match=rf"version 0: vLLM does not load tensor {UP_PROJ}"):
-        engine.load(0, broken, CANARY, logprobs(model, CANARY))
+        engine.load(0, broken, lambda: (CANARY, logprobs(model, CANARY)))
     without = renamed(shards_of(model, 0), 0, lambda n, t: [] if "norm" in n else [(n, t)])
     with pytest.raises(WeightSyncError, match=r"version 0: the loader did not fill model\.layers\.0\.input_layernorm"):
-        engine.load(0, without, CANARY, logprobs(model, CANARY))
+        engine.load(0, without, lambda: (CANARY, logprobs(model, CANARY)))
     # Other weights than those of the failed attempts: what was left over from them would show.
     perturb(model, 8)
     check_sync(engine, model, 0)
@@ -208,7 +208,7 @@ def test_a_fault_is_refused_and_named_and_the_next_load_is_right(
     perturb(model, version)
     break_, message = FAULTS[fault]
     with pytest.raises(WeightSyncError, match=message.format(v=version, old=version - 1)):
-        engine.load(version, break_(shards_of(model, version)), CANARY, logprobs(model, CANARY))
+        engine.load(version, break_(shards_of(model, version)), lambda: (CANARY, logprobs(model, CANARY)))
     check_that_nothing_is_sampled(engine)
     check_sync(engine, model, version)
     assert [set(s.policy_versions) for s in finish(engine)] == [{version}]
@@ -256,13 +256,13 @@ def test_a_load_that_is_skipped_is_noticed_however_small_the_step(
     with pytest.MonkeyPatch.context() as patch:
         skip(engine, patch)
         with pytest.raises(WeightSyncError, match=message.format(v=version)):
-            engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+            engine.load(version, shards_of(model, version), lambda: (CANARY, logprobs(model, CANARY)))
     check_that_nothing_is_sampled(engine)
     check_sync_of_any_size(engine, model, version)
 
 
 def check_sync_of_any_size(engine: Any, model: PreTrainedModel, version: int) -> None:
-    record = engine.load(version, shards_of(model, version), CANARY, logprobs(model, CANARY))
+    record = engine.load(version, shards_of(model, version), lambda: (CANARY, logprobs(model, CANARY)))
     assert record.canary_diff < TOLERANCE
     assert engine.version == version
     assert [set(s.policy_versions) for s in finish(engine)] == [{version}]
@@ -274,7 +274,7 @@ def test_a_learner_with_other_logprobs_is_refused(tied_llama: tuple[Any, PreTrai
     expected = logprobs(model, CANARY)
     expected[5] += 2 * TOLERANCE
     with pytest.raises(WeightSyncError, match=rf"canary of version {version}: .* differ by 0\.000(19|2)"):
-        engine.load(version, shards_of(model, version), CANARY, expected)
+        engine.load(version, shards_of(model, version), lambda: (CANARY, expected))
     assert engine.version == version - 1
     advance(engine, model)
 
