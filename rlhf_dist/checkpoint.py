@@ -1,69 +1,195 @@
 """What a complete checkpoint is: a folder whose manifest, with size and digest of every file, was written last.
 
 Without a manifest a folder does not count. So a process may die at any moment
-of a save, also where renaming is not atomic (object stores).
+of a save, also where renaming is not atomic (object stores). Folders are local
+paths or any URL that fsspec knows (``s3://``, ``gs://`` ...).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from blake3 import blake3
 
 MANIFEST = "manifest.json"
+#: Name of a file, relative to the folder, to its ``bytes`` and ``blake3``.
+Files = dict[str, dict[str, Any]]
 
 
-def seal(folder: Path, about: dict[str, Any]) -> None:
-    """Declare ``folder`` complete: write its manifest, with ``about`` (step, version ...) in it."""
-    files = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "blake3": _digest(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != MANIFEST
-    }
-    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
+def seal(folder: str | Path, about: dict[str, Any], files: Files | None = None) -> None:
+    """Declare ``folder`` complete: write its manifest, with ``about`` (step, version ...) in it.
+
+    Args:
+        files: as :func:`describe` says, from whoever wrote them; default: all that a local folder holds.
+    """
+    text = json.dumps({**about, "files": describe(Path(folder)) if files is None else files}, indent=1)
+    fs, path = fsspec.url_to_fs(str(folder))
+    if not _is_local(fs):
+        fs.pipe_file(f"{path}/{MANIFEST}", text.encode())
+        return
+    # Renamed, so that nobody ever reads half a manifest.
+    partial = Path(path) / f"{MANIFEST}.partial"
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(Path(path) / MANIFEST)
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, parts: Sequence[str] = ("",)) -> Files:
+    """Size and digest of every file under a local folder; makes sure that all of them are on the disk.
+
+    Args:
+        parts: files and sub-folders that count; default: all.
+    """
+    files: Files = {}
+    found = [p for part in parts for p in ((folder / part).rglob("*") if (folder / part).is_dir() else [folder / part])]
+    for path in sorted(p for p in found if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        digest = blake3().update_mmap(path).hexdigest()
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "blake3": digest}
+    return files
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint.
 
     Raises:
         ValueError: no manifest, or a file that is missing or differs from it.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no complete checkpoint: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"{folder / MANIFEST} is damaged: it lists no files")
+    fs, path = fsspec.url_to_fs(str(folder))
+    manifest = _manifest(fs, path)
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder}: {name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"checkpoint {folder}: {name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-            )
-        if _digest(path) != expected["blake3"]:
-            raise ValueError(f"checkpoint {folder}: the content of {name} does not match its digest")
+        file = f"{path}/{name}"
+        if not fs.isfile(file):
+            raise ValueError(f"checkpoint {path}: {name} is missing")
+        if (size := fs.size(file)) != expected["bytes"]:
+            raise ValueError(f"checkpoint {path}: {name} has {size} bytes, expected {expected['bytes']}")
+        if _digest(fs, file) != expected["blake3"]:
+            raise ValueError(f"checkpoint {path}: the content of {name} does not match its digest")
     return manifest
 
 
-def complete(root: Path) -> list[Path]:
+def _manifest(fs: Any, path: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(fs.cat_file(f"{path}/{MANIFEST}"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}/{MANIFEST} is damaged: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{path}/{MANIFEST} is damaged: it lists no files")
+    return manifest
+
+
+def complete(root: str | Path) -> list[str]:
     """Folders under ``root`` with a manifest, oldest first."""
-    return sorted(p.parent for p in root.glob(f"step_*/{MANIFEST}"))
+    fs, path = fsspec.url_to_fs(str(root))
+    fs.invalidate_cache()  # object stores keep listings
+    return sorted(str(fs.unstrip_protocol(m)).removeprefix("file://").rpartition("/")[0]
+                  for m in fs.glob(f"{path}/step_*/{MANIFEST}"))  # fmt: skip
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints; the manifest goes first."""
-    for folder in complete(root)[:-keep]:
-        (folder / MANIFEST).unlink()
-        shutil.rmtree(folder)
+def newest(root: str | Path) -> tuple[str | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that is what its manifest says, that manifest, and what is wrong with newer ones.
+
+    None and an empty manifest where there is none.
+    """
+    faults: list[str] = []
+    for folder in reversed(complete(root)):
+        try:
+            return folder, verify(folder), faults
+        except ValueError as error:
+            faults.append(str(error))
+    return None, {}, faults
 
 
-def _digest(path: Path) -> str:
-    return blake3().update_mmap(path).hexdigest()
+def prune(root: str | Path, keep: int, keep_best: int = 0) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints and the ``keep_best`` with the highest ``score``.
+
+    The manifest goes first, so that what is half removed does not count.
+    """
+    fs, _ = fsspec.url_to_fs(str(root))
+    folders = complete(root)
+    kept = set(folders[-keep:])
+    if keep_best:
+        scored = [(_manifest(*fsspec.url_to_fs(f)).get("score"), f) for f in folders]
+        kept |= {f for _, f in sorted((score, f) for score, f in scored if score is not None)[-keep_best:]}
+    for folder in folders:
+        if folder not in kept:
+            path = fs._strip_protocol(folder)
+            fs.rm_file(f"{path}/{MANIFEST}")
+            fs.rm(path, recursive=True)
+
+
+def remove(folder: str) -> None:
+    """Remove what a save that failed has left."""
+    fs, path = fsspec.url_to_fs(folder)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def destination(folder: str) -> tuple[Path, Callable[[], None]]:
+    """A local folder to write to, and what sends its files to ``folder`` when they are written.
+
+    A local ``folder`` is that folder itself, and nothing need be sent.
+    """
+    fs, path = fsspec.url_to_fs(folder)
+    if _is_local(fs):
+        return Path(path), lambda: None
+    staging = tempfile.TemporaryDirectory(prefix="rlhf_dist_save_")
+
+    def send() -> None:
+        with staging:
+            fs.put(f"{staging.name}/", f"{path}/", recursive=True)
+
+    return Path(staging.name), send
+
+
+@contextmanager
+def local_copy(folder: str) -> Iterator[Path]:
+    """``folder`` as a local one to read from: itself, or a copy that lasts as long as the context."""
+    fs, path = fsspec.url_to_fs(folder)
+    if _is_local(fs):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf_dist_load_") as staging:
+        fs.get(f"{path}/", f"{staging}/", recursive=True)
+        yield Path(staging)
+
+
+def free_bytes(folder: str) -> int | None:
+    """Free space where ``folder`` is or will be; None for an object store, which has no end."""
+    fs, path = fsspec.url_to_fs(folder)
+    if not _is_local(fs):
+        return None
+    place = next(p for p in (Path(path), *Path(path).parents) if p.exists())
+    return shutil.disk_usage(place).free
+
+
+def merged(parts: Sequence[Files]) -> Files:
+    """The files of several writers."""
+    return {name: about for part in parts for name, about in part.items()}
+
+
+def _digest(fs: Any, path: str) -> str:
+    if _is_local(fs):
+        return blake3().update_mmap(path).hexdigest()
+    digest = blake3()
+    with fs.open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_local(fs: Any) -> bool:
+    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)

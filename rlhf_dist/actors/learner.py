@@ -87,6 +87,16 @@ class LearnerGroup:
             self._frozen = [r.frozen_weights.remote() for r in self.ranks] if sent else []
         return TRANSPORTS[self.spec.transport](version, self.ranks, self._frozen)
 
+    def save(self, folder: str, tokenizer_dir: str) -> tuple[list[ObjectRef], list[ObjectRef]]:
+        """Copy the state of every rank and write it to ``folder`` (any URL); returns at once.
+
+        Returns:
+            references to the seconds of each rank's copy, which hold the next call; and to the files of each rank,
+            once they are written.
+        """
+        saved: list[ObjectRef] = [r.save.remote(folder, tokenizer_dir) for r in self.ranks]
+        return saved, [r.written.remote(s) for r, s in zip(self.ranks, saved, strict=True)]
+
     def export(self, folder: str, tokenizer_dir: str) -> None:
         wait_for([r.export.remote(folder, tokenizer_dir) for r in self.ranks], f"{self.role}, exporting to {folder}")
 

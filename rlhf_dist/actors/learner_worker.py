@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +17,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from rlhf_dist import checkpoint
 from rlhf_dist.actors.group import Worker
 from rlhf_dist.actors.transport import GeneratorClient
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
@@ -23,6 +27,16 @@ ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", 
 
 #: Tokens of the canary prompt.
 CANARY_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The state of a learner in a checkpoint."""
+
+    folder: str
+    """``learner/ROLE`` in a checkpoint, or what was converted from it; any URL."""
+    converted: bool
+    """Whether it was written by another number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,11 @@ class LearnerSpec:
     transport: str = "object_store"
     generator_workers: int = 1
     """Tensor-parallel workers of each generator."""
+    restore: Restore | None = None
+    """Where to go on; default: from ``model_path``."""
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"files": 1})  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class LearnerWorker(Worker):
     """One rank. Calls are collective: the driver sends every call to every rank, in the same order."""
 
@@ -67,6 +83,8 @@ class LearnerWorker(Worker):
         self._client: GeneratorClient | None = None
         self._sender: Any = None
         self._sent: list[Any] = []
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[checkpoint.Files] = Future()
 
     def address(self) -> tuple[str, int]:
         """Host and port where rank 0 gathers the group.
@@ -102,7 +120,11 @@ class LearnerWorker(Worker):
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         learner = spec.learner if spec.optim is not None else spec.learner.model_copy(update={"zero_stage": 3})
-        self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps)
+        universal = spec.restore is not None and spec.restore.converted
+        self.engine = engines.LearnerEngine(module, learner, spec.optim, m.dtype, spec.total_steps, universal)
+        if spec.restore is not None:
+            with checkpoint.local_copy(spec.restore.folder) as folder:
+                self.engine.load(folder)
         self.objective = _objective(spec)
         self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
         self.torch = torch
@@ -322,12 +344,58 @@ class LearnerWorker(Worker):
         return ids, batch.gather(logprobs)
 
     def export(self, folder: str, tokenizer_dir: str) -> None:
-        """Write the model in Hugging Face's format, with its tokenizer."""
-        self.engine.export(folder, int(self.spec.shard_mb * 2**20))
-        if self.rank == 0:
-            from rlhf_dist.data.tokenization import load_tokenizer, save_tokenizer
+        """Write the model in Hugging Face's format, with its tokenizer; returns when it is written."""
+        self._export(Path(folder), tokenizer_dir)()
 
-            save_tokenizer(load_tokenizer(tokenizer_dir), folder)
+    def _export(self, folder: Path, tokenizer_dir: str) -> Callable[[], None]:
+        """Copy the model; returns what writes it."""
+        write_model = self.engine.export(folder, int(self.spec.shard_mb * 2**20))
+
+        def write() -> None:
+            write_model()
+            if self.rank == 0:
+                from rlhf_dist.data.tokenization import load_tokenizer, save_tokenizer
+
+                save_tokenizer(load_tokenizer(tokenizer_dir), str(folder))
+
+        return write
+
+    def save(self, folder: str, tokenizer_dir: str) -> float:
+        """Copy the whole state to memory, and begin to write it to ``folder`` (any URL); :meth:`written` waits.
+
+        Writes ``learner/ROLE/`` and, of a policy, ``policy/``, which vLLM and transformers load.
+
+        Returns:
+            seconds that the copy took.
+        """
+        started = time.perf_counter()
+        local, send = checkpoint.destination(folder)
+        with self.trace.span(self.name, "save"):
+            write_state, files = self.engine.snapshot(local / "learner" / self.spec.role)
+            parts = [os.path.relpath(file, local) for file in files]
+            writes = [write_state]
+            if self.spec.head == "policy":
+                writes.append(self._export(local / "policy", tokenizer_dir))
+                parts += ["policy"] if self.rank == 0 else []
+
+        def write() -> checkpoint.Files:
+            for part in writes:
+                part()
+            described = checkpoint.describe(local, parts)
+            send()
+            return described
+
+        self._written = self._writer.submit(write)
+        return time.perf_counter() - started
+
+    @ray.method(concurrency_group="files")
+    def written(self, saved: float) -> checkpoint.Files:
+        """Block until the files of this rank are written; beside whatever else it does.
+
+        Args:
+            saved: what :meth:`save` returned; makes Ray call this after it.
+        """
+        return self._written.result()
 
 
 def _objective(spec: LearnerSpec) -> Any:

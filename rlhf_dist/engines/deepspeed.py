@@ -1,4 +1,4 @@
-"""One rank of a DeepSpeed group: forward, backward, step, export. The only file that imports deepspeed.
+"""One rank of a DeepSpeed group: forward, backward, step, snapshot, export.
 
 The same engine trains every objective (SFT, reward model, policy, critic) and,
 without an optimizer, serves frozen models that are too large for one device.
@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf_dist.adapters import LEFT, RIGHT, Content, grouped
 from rlhf_dist.config import LearnerConfig, OptimConfig
+from rlhf_dist.engines.snapshots import SnapshotEngine
 
 #: DeepSpeed's name of an operation that is not wanted; see :func:`init_distributed`.
 SHM_OP = "deepspeed_shm_comm"
+#: DeepSpeed's name ("tag") of the only state in a folder.
+STATE = "state"
 
 
 class NonFiniteError(FloatingPointError):
@@ -70,8 +75,13 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
 
 
-def ds_config(learner: LearnerConfig, optim: OptimConfig | None, dtype: str) -> dict[str, Any]:
-    """The DeepSpeed config of a group; ``optim`` is None for frozen models (ZeRO-3 without an optimizer)."""
+def ds_config(learner: LearnerConfig, optim: OptimConfig | None, dtype: str, universal: bool = False) -> dict[str, Any]:
+    """The DeepSpeed config of a group.
+
+    Args:
+        optim: None for frozen models (ZeRO-3 without an optimizer).
+        universal: a checkpoint of another number of ranks is going to be loaded.
+    """
     offload = {"device": "cpu", "pin_memory": True}
     zero: dict[str, Any] = {"stage": learner.zero_stage, "overlap_comm": False}
     if learner.zero_stage == 3:
@@ -90,6 +100,7 @@ def ds_config(learner: LearnerConfig, optim: OptimConfig | None, dtype: str) -> 
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 10**9,
+        "checkpoint": {"load_universal": universal},
     }
     if optim is not None:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -112,7 +123,13 @@ class LearnerEngine:
     """A module under DeepSpeed. All methods are collective: every rank calls them in the same order."""
 
     def __init__(
-        self, module: nn.Module, learner: LearnerConfig, optim: OptimConfig | None, dtype: str, total_steps: int = 1
+        self,
+        module: nn.Module,
+        learner: LearnerConfig,
+        optim: OptimConfig | None,
+        dtype: str,
+        total_steps: int = 1,
+        universal: bool = False,
     ) -> None:
         self.optim = optim
         self.total_steps = total_steps
@@ -120,10 +137,14 @@ class LearnerEngine:
         self.world = dist.get_world_size()
         self.rank = dist.get_rank()
         self.zero3 = learner.zero_stage == 3
-        config = ds_config(learner, optim, dtype)
+        self.universal = universal
+        config = ds_config(learner, optim, dtype, universal)
         parameters = [p for p in module.parameters() if p.requires_grad] if optim else None
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
         self.device = self.engine.device
+        self._frozen = any(not p.requires_grad for p in module.parameters())
+        # DeepSpeed 0.19.8 has no public way to bring an engine of one's own; test_learners breaks when this changes.
+        self._snapshots = self.engine.checkpoint_engine = SnapshotEngine()
 
     @property
     def module(self) -> nn.Module:
@@ -185,15 +206,63 @@ class LearnerEngine:
                 whole = {name: t for name, t in named.items() if name not in factors}
                 yield [*revert_weight_conversion(model, whole).items(), *factors.items()]
 
-    def export(self, folder: str, shard_bytes: int) -> None:
-        """Write the model in Hugging Face's format (safetensors, checkpoint names); rank 0 writes."""
+    def snapshot(self, folder: Path) -> tuple[Callable[[], None], list[str]]:
+        """Copy all that the following steps depend on; returns what writes the copy, in any thread, and its files.
+
+        DeepSpeed's sharded format; each rank has files of its own, and its random state beside them. Frozen weights
+        are left out: they are those of the model that training began with.
+        """
+        self._snapshots.begin()
+        about = {"optimizer_steps": self.steps}
+        self.engine.save_checkpoint(
+            str(folder), STATE, client_state=about, save_latest=False, exclude_frozen_parameters=self._frozen
+        )
+        self._snapshots.save(self._random_state(), str(folder / f"random_{self.rank}.pt"))
+        return self._snapshots.write, self._snapshots.files
+
+    def load(self, folder: Path) -> None:
+        """Go on from a snapshot, of the same number of ranks or, with ``universal``, from one that was converted.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        found, about = self.engine.load_checkpoint(str(folder), STATE, load_module_strict=not self._frozen)
+        if found is None:
+            raise RuntimeError(f"{folder} holds no checkpoint of DeepSpeed for rank {self.rank} of {self.world}")
+        self.steps = about["optimizer_steps"]
+        random = folder / f"random_{self.rank}.pt"
+        if random.exists() and not self.universal:
+            state = torch.load(random)
+            torch.set_rng_state(state["cpu"])
+            if "cuda" in state:
+                torch.cuda.set_rng_state(state["cuda"])
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+    def export(self, folder: Path, shard_bytes: int) -> Callable[[], None]:
+        """Copy the model; returns what writes it in Hugging Face's format (safetensors, checkpoint names).
+
+        Rank 0 has and writes the copy; with the other ranks this gathers.
+        """
         state: dict[str, Tensor] = {}
         for group in self.named_weights(shard_bytes):
             if self.rank == 0:
                 state.update({name: t.to("cpu", copy=True).contiguous() for name, t in group})
-        if self.rank == 0:
-            _save_pretrained(self.module.model, state, Path(folder))  # type: ignore[arg-type]
-        dist.barrier()
+        return lambda: _save_pretrained(self.module.model, state, folder) if self.rank == 0 else None  # type: ignore[arg-type]
+
+
+def convert(folder: Path, into: Path) -> None:
+    """Make of a snapshot one that any number of ranks can load (DeepSpeed's "universal checkpoint"); one process calls.
+
+    In a process of its own: DeepSpeed's converter is a program.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / STATE), "--output_folder", str(into / STATE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"DeepSpeed cannot convert {folder}: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def _save_pretrained(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
