@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +100,23 @@ def complete(root: str | Path) -> list[str]:
                   for m in fs.glob(f"{path}/step_*/{MANIFEST}"))  # fmt: skip
 
 
-def newest(root: str | Path) -> tuple[str | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is what its manifest says, that manifest, and what is wrong with newer ones.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete one that was verified."""
 
-    None and an empty manifest where there is none.
-    """
+    folder: str
+    manifest: dict[str, Any]
+
+
+def newest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is what its manifest says, and what is wrong with newer ones."""
     faults: list[str] = []
     for folder in reversed(complete(root)):
         try:
-            return folder, verify(folder), faults
+            return Checkpoint(folder, verify(folder)), faults
         except ValueError as error:
             faults.append(str(error))
-    return None, {}, faults
+    return None, faults
 
 
 def prune(root: str | Path, keep: int, keep_best: int = 0) -> None:

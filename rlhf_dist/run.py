@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors import waiting
 from rlhf_dist.actors.data import prepare_model
 from rlhf_dist.actors.group import Startable
-from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import dump
 from rlhf_dist.observability.logs import quiet_libraries
@@ -34,6 +33,7 @@ from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary
 from rlhf_dist.observability.terminal import Terminal
 from rlhf_dist.observability.trace import Trace
+from rlhf_dist.resuming import unfinished
 
 
 class Interrupted(BaseException):
@@ -53,12 +53,15 @@ class Run:
     def __init__(self, cfg: Config, terminal: Terminal | None = None) -> None:
         self.cfg = cfg
         self.terminal = terminal or Terminal()
-        self.folder = _new_folder(cfg)
-        self.summary = Summary()
+        self.folder, self.resumed = _run_folder(cfg)
+        self.summary = Summary(self.path("summary.json") if self.resumed else None)
         self.trace = Trace()
         self.steps_done = 0
         self.exit_code = 0
         self.joined = False
+        self.stop_requested: str | None = None
+        """The signal that asks a run which can save to stop after its step."""
+        self._can_save = False
         self.samples: list[dict[str, Any]] = []
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
@@ -75,13 +78,13 @@ class Run:
         self.summary.write(self.path("summary.json"))
         waiting.limit = self.cfg.run.wait_limit
         self.terminal.title(f"rlhf_dist {self.cfg.recipe}: {self.cfg.description or self.folder.name}")
-        self.terminal.info(f"run folder {self.folder}")
-        signal.signal(signal.SIGTERM, _interrupt)
+        self.terminal.info(f"run folder {self.folder}{', which is gone on with' if self.resumed else ''}")
+        signal.signal(signal.SIGTERM, self._terminated)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
         # A second signal must not stop the clean-up half-way.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         handled = error is None or self._explain(error)
         self.summary.set("steps", self.steps_done)
@@ -92,6 +95,35 @@ class Run:
         ray.shutdown()  # ends every process of a local cluster
         self.terminal.info(f"{self.summary.get('status')}; report {self.folder / 'report.html'}")
         return handled
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """While this lasts, SIGTERM asks for a checkpoint after the step instead of ending the run at once."""
+        self._can_save = self.cfg.run.checkpoint_every > 0
+        try:
+            yield
+        finally:
+            self._can_save = False
+
+    def _terminated(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if not self._can_save or self.stop_requested:
+            raise Interrupted(name)
+        self.stop_requested = name
+        self.terminal.warn(f"{name}: saving after this step, within {self.cfg.run.term_limit:g} s (run.term_limit)")
+        signal.signal(signal.SIGALRM, self._terminated)
+        signal.setitimer(signal.ITIMER_REAL, max(self.cfg.run.term_limit, 1e-3))
+
+    def once(self, name: str, make: Callable[[], str]) -> str:
+        """The folder ``name`` of the run that ``make`` writes; a run that is gone on with need not write it again."""
+        folder = self.folder / name
+        if self.resumed and (folder / checkpoint.MANIFEST).exists():
+            checkpoint.verify(folder)
+            self.terminal.info(f"{name} is there already: {folder}")
+            return str(folder)
+        path = make()
+        checkpoint.seal(folder, {"stage": name})
+        return path
 
     def _write(self) -> None:
         self.summary.write(self.path("summary.json"))
@@ -106,6 +138,7 @@ class Run:
             self.exit_code = 130
             self.summary.finish("interrupted", str(error) or "Ctrl-C")
             self.terminal.warn("interrupted: stopping all processes")
+            self.terminal.info(f"the same command with run.name={self.folder.name} goes on from here")
             return True
         with open(self.path("logs", "driver.log"), "a") as log:
             log.write("".join(traceback.format_exception(error)))
@@ -137,7 +170,7 @@ class Run:
             actor_group.log_dir = self.path("logs")
         ray.init(**options)
         # ray.init has put its own handler in the place of ours.
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, self._terminated)
         resources = ray.cluster_resources()
         if not address:  # a cluster that was joined may be busy now, or grow
             planner.check_fits(self.cfg, resources.get("CPU", 0), resources.get("GPU", 0))
@@ -207,9 +240,10 @@ class Run:
         """Figures of one step: metrics.jsonl and Prometheus."""
         self.metrics.log(step, stage, metrics)
 
-    def steps(self) -> Iterator[int]:
-        """PPO steps, from 1."""
-        for step in range(1, self.cfg.train.steps + 1):
+    def steps(self, done: int = 0) -> Iterator[int]:
+        """PPO steps that are left when ``done`` of them were made; they count from 1."""
+        self.steps_done = done
+        for step in range(done + 1, self.cfg.train.steps + 1):
             yield step
             self.steps_done = step
 
@@ -218,34 +252,19 @@ class Run:
         for group in self._groups:
             self.trace.add(group.spans())
 
-    def checkpoint_if_due(self, step: int, policy: LearnerGroup) -> None:
-        """Export the policy every ``run.checkpoint_every`` steps; complete or absent."""
-        every = self.cfg.run.checkpoint_every
-        if not every or step % every:
-            return
-        root = self.folder / "checkpoints"
-        folder = root / f"step_{step:06d}"
-        policy.export(str(folder / "policy"), self.tokenizer_dir)
-        checkpoint.seal(folder, {"step": step, "policy_version": step})
-        checkpoint.prune(root, self.cfg.run.keep_last)
-
     def finish(self) -> None:
         self.summary.finish("finished")
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise Interrupted(signal.Signals(number).name)
-
-
-def _new_folder(cfg: Config) -> Path:
+def _run_folder(cfg: Config) -> tuple[Path, bool]:
+    """The folder of the run, and whether it holds a run to go on with."""
     root = Path(cfg.run.root)
     if cfg.run.name is not None:
         folder = root / cfg.run.name
-        if (folder / "summary.json").exists():
-            raise ValueError(f"run.name={cfg.run.name}: {folder} holds a run already; choose another name or remove it")
+        resumed = unfinished(folder, cfg)
     else:
         stem = f"{cfg.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         candidates = [root / stem, *(root / f"{stem}-{i}" for i in range(2, 100))]
-        folder = next(c for c in candidates if not c.exists())
+        folder, resumed = next(c for c in candidates if not c.exists()), False
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+    return folder.resolve(), resumed

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 from tiny import LLAMA
 
+from rlhf_dist.observability.metrics import read_metrics
+
 MARK = "RLHF_DIST_TEST"
 # Heads of 32: vLLM's attention on CPUs takes no smaller ones.
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.1}
@@ -68,8 +70,16 @@ class Job:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [r for r in records if r["stage"] == stage]
+        return [r for r in read_metrics(path) if r["stage"] == stage]
+
+    def wait_for_step(self, step: int, seconds: float = 300) -> Job:
+        """Until ``step`` of PPO is logged."""
+        deadline = time.monotonic() + seconds
+        while not any(r["step"] >= step for r in self.metrics("ppo")):
+            assert self.process.poll() is None, self.wait().output
+            assert time.monotonic() < deadline, f"step {step} did not come within {seconds:g} s"
+            time.sleep(0.05)
+        return self
 
     def processes(self) -> list[str]:
         """Every process that inherited this run's environment, whoever its parent is now."""

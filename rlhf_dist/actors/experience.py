@@ -42,48 +42,43 @@ class Experience(Worker):
         reward: RewardConfig,
         max_response_length: int,
         tokenizer_dir: str,
+        max_staleness: int,
         rollout_dir: str | None,
     ) -> None:
         super().__init__("experience")
-        from rlhf_dist.algorithms.kl import AdaptiveKLController, FixedKLController
         from rlhf_dist.data.tokenization import load_tokenizer
 
         self.algo = algo
         self.reward = reward
         self.max_response_length = max_response_length
+        self.max_staleness = max_staleness
         self.tokenizer = load_tokenizer(tokenizer_dir)
         self.rollout_dir = Path(rollout_dir) if rollout_dir else None
-        self.kl_control = (
-            AdaptiveKLController(algo.kl_coef, algo.kl_target, algo.kl_horizon)
-            if algo.kl_target is not None
-            else FixedKLController(algo.kl_coef)
-        )
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
     def build(
-        self, step: int, parts: list[Part], left_out: frozenset[int], scale: ScoreScale, max_staleness: int
+        self, step: int, version: int, parts: list[Part], left_out: frozenset[int], scale: ScoreScale, kl_coef: float
     ) -> tuple[pa.Table, dict[str, float]]:
         """The experience of one step, without the groups ``left_out``, and its figures.
 
+        Args:
+            version: of the policy that is about to be updated.
+
         Raises:
-            RuntimeError: a token is older than ``max_staleness`` versions, which the ledger should have prevented.
+            RuntimeError: a token is older than ``rollout.max_staleness``, which the ledger should have prevented.
         """
         table = join_batch(fetch(parts))
         if left_out:
             table = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(left_out), pa.int64()))))
-        table, metrics = estimate_advantages(
-            table, self.algo, self.reward, self.kl_control.value, scale, self.max_response_length
-        )
-        metrics |= ages(table, step - 1, recomputed=self.algo.old_logprobs == "learner")
-        if metrics["train/policy_age_max"] > max_staleness:
+        table, metrics = estimate_advantages(table, self.algo, self.reward, kl_coef, scale, self.max_response_length)
+        metrics |= ages(table, version, recomputed=self.algo.old_logprobs == "learner")
+        if metrics["train/policy_age_max"] > self.max_staleness:
             raise RuntimeError(
                 f"step {step}: a token is {metrics['train/policy_age_max']:.0f} versions old, "
-                f"rollout.max_staleness is {max_staleness}"
+                f"rollout.max_staleness is {self.max_staleness}"
             )
-        metrics["train/kl_coef"] = self.kl_control.value
-        if "rollout/kl" in metrics:
-            self.kl_control.update(metrics["rollout/kl"], table.num_rows)
+        metrics["train/kl_coef"] = kl_coef
         self._write(step, table)
         return table, metrics
 
@@ -130,11 +125,12 @@ class ExperienceGroup(Holder):
         reward: RewardConfig,
         max_response_length: int,
         tokenizer_dir: str,
+        max_staleness: int,
         rollout_dir: str | None,
         strategy: str,
         seconds: float,
     ) -> None:
-        arguments = (algo, reward, max_response_length, tokenizer_dir, rollout_dir)
+        arguments = (algo, reward, max_response_length, tokenizer_dir, max_staleness, rollout_dir)
         # No CPU of its own: it works for milliseconds in each step, while everybody else waits for it.
         group = Group(
             "experience", Experience, 1, Resources(cpus=0), lambda _: arguments, strategy=strategy, seconds=seconds
@@ -143,12 +139,18 @@ class ExperienceGroup(Holder):
         self.actor = group.actors[0]
 
     def build(
-        self, step: int, rollouts: RolloutBatch, columns: Sequence[Columns], scale: ScoreScale, max_staleness: int
+        self,
+        step: int,
+        version: int,
+        rollouts: RolloutBatch,
+        columns: Sequence[Columns],
+        scale: ScoreScale,
+        kl_coef: float,
     ) -> tuple[ObjectRef, ObjectRef]:
         """References to the experience and to its figures; returns at once."""
         build: Any = self.actor.build.options(num_returns=2)
         parts = references(rollouts, columns)
-        return tuple(build.remote(step, parts, rollouts.left_out, scale, max_staleness))
+        return tuple(build.remote(step, version, parts, rollouts.left_out, scale, kl_coef))
 
     def without_spread(self, rollouts: RolloutBatch, scores: Columns) -> list[int]:
         """Groups of a complete batch whose scores are all equal, those left out already not among them."""

@@ -142,3 +142,13 @@ def _non_negative(coef: float) -> float:
     if not coef >= 0:
         raise ValueError(f"coef={coef}: the KL coefficient must be 0 or more")
     return coef
+
+
+def kl_controller(
+    coef: float, target: float | None = None, horizon: float = 1.0, state: dict[str, float] | None = None
+) -> FixedKLController:
+    """The controller for a ``target``, or a fixed coefficient where there is none; ``state`` of one to go on with."""
+    controller = FixedKLController(coef) if target is None else AdaptiveKLController(coef, target, horizon)
+    if state is not None:
+        controller.load_state_dict(state)
+    return controller

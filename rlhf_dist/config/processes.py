@@ -15,13 +15,22 @@ class RunConfig(Section):
     root: str = "runs"
     """Folder that holds the run folders."""
     name: str | None = None
-    """Name of the run folder; the recipe and the time if not given. An existing folder is refused."""
+    """Name of the run folder; the recipe and the time if not given."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a run folder of this name that is not finished is gone on with. never: it is refused."""
     eval_every: int = Field(0, ge=0)
     """PPO steps between evaluations; 0 evaluates before the first and after the last step only."""
-    checkpoint_every: int = Field(0, ge=0)
-    """PPO steps between exported checkpoints; 0 exports the last policy only."""
+    checkpoint_every: int = Field(20, ge=0)
+    """PPO steps between checkpoints, written while training goes on; 0 saves nothing but the last policy."""
+    checkpoint_dir: str | None = None
+    """Where checkpoints go; any URL that fsspec knows, such as s3://bucket/name. Default: in the run folder."""
     keep_last: PositiveInt = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints that are kept beside them because their evaluation has the highest reward; they need an evaluation
+    in the same step (``eval_every``)."""
+    term_limit: NonNegative = 60
+    """Seconds that a run may take after SIGTERM to finish its step and save; then it stops at once."""
     save_rollouts: bool = True
     """Write every consumed batch to rollouts/step_N.parquet."""
     prometheus_port: int = Field(0, ge=0, le=65535)

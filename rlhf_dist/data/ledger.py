@@ -30,6 +30,8 @@ keeps the places. So nothing is thrown away, and no long response is put off for
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Ledger:
     """Admission and consumption of groups; see the module's docstring.
@@ -38,7 +40,7 @@ class Ledger:
         batch_size: groups per training step.
         max_staleness: policy versions by which a trained group may be old; 0 trains every group at its own version.
         last_version: the version that the last batch makes; no group is admitted that nobody would train.
-        version, next_group: where a resumed run continues.
+        version: of the policy that the first batch is sampled from.
     """
 
     def __init__(
@@ -47,13 +49,12 @@ class Ledger:
         max_staleness: int = 0,
         last_version: int | None = None,
         version: int = 0,
-        next_group: int = 0,
     ) -> None:
         self.batch_size = batch_size
         self.max_staleness = max_staleness
         self.last_version = last_version
         self.version = version
-        self.next_group = next_group
+        self.next_group = 0
         self.submitted = version * batch_size
         # Groups and their deadlines.
         self.running: dict[int, int] = {}
@@ -148,6 +149,20 @@ class Ledger:
         again = sorted(self.running.keys() & set(groups))
         self.running |= dict.fromkeys(again, self.version + self.max_staleness)
         return again
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on from here must know, between two batches; JSON can hold it."""
+        return {"next_group": self.next_group, "outstanding": sorted(self.running | self.complete)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[int]:
+        """Go on from ``state``, at the version of this ledger; returns the groups that have to be submitted again.
+
+        They start anew under the current version.
+        """
+        self.next_group = state["next_group"]
+        self.submitted += len(state["outstanding"])
+        self.running = dict.fromkeys(state["outstanding"], self.version + self.max_staleness)
+        return list(self.running)
 
     def published(self, version: int) -> None:
         """A new policy version. Raises ValueError if it is not the next one, or a batch is open."""

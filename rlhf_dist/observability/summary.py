@@ -31,19 +31,23 @@ class Summary:
     """A nested dict filled by dotted keys, always writable as valid JSON.
 
     Begins with ``status`` (running), ``seconds``, ``versions``, ``commit`` (of the code, ``-dirty`` if it was
-    changed; null outside a repository) and ``host``.
+    changed; null outside a repository), ``host`` and ``resumed``, how often the run was gone on with.
     """
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self.data: dict[str, Any] = {
+    def __init__(self, path: str | Path | None = None) -> None:
+        """``path``: summary of the run that this one goes on with; its figures and seconds are kept."""
+        before = json.loads(Path(path).read_text()) if path else {}
+        self._began = time.monotonic() - before.get("seconds", 0.0)
+        self.data: dict[str, Any] = before | {
             "status": "running",
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": 0.0,
+            "started": before.get("started", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())),
+            "resumed": before.get("resumed", -1) + 1,
+            "seconds": before.get("seconds", 0.0),
             "versions": versions(),
             "commit": git_commit(),
             "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.system()},
         }
+        self.data.pop("error", None)
 
     def set(self, key: str, value: Any) -> None:
         """``set("eval.ppo.gold_score", 0.9)``. The value may be a dict or list; NaN and infinities become null.

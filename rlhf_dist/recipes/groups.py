@@ -11,6 +11,7 @@ from rlhf_dist.actors.generator import Generator
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.learner_worker import CANARY_LENGTH, LearnerSpec, ObjectiveName
+from rlhf_dist.actors.restoring import learner_state
 from rlhf_dist.actors.scorer import (
     Reference,
     ReferenceGroup,
@@ -19,6 +20,7 @@ from rlhf_dist.actors.scorer import (
     ShardedReward,
     scorer_group,
 )
+from rlhf_dist.checkpoint import Checkpoint
 from rlhf_dist.config import LearnerConfig, OptimConfig, ReplicaConfig, RewardComponent
 from rlhf_dist.run import Run
 
@@ -58,8 +60,13 @@ def learner(
     micro_batch_tokens: int,
     packing: bool = False,
     total_steps: int = 1,
+    saved: Checkpoint | None = None,
 ) -> LearnerGroup:
-    """A DeepSpeed group that starts to load at once."""
+    """A DeepSpeed group that starts to load at once.
+
+    Args:
+        saved: where it goes on, instead of at ``model_path`` with a fresh optimizer.
+    """
     cfg = run.cfg
     spec = LearnerSpec(
         role=role,
@@ -83,12 +90,15 @@ def learner(
         transport=cfg.weight_sync.transport,
         generator_workers=cfg.generator.tensor_parallel_size,
         # The canary and the token after it must fit into the generator's context.
+        restore=learner_state(saved.folder, saved.manifest, role, placement) if saved else None,
         canary_length=min(CANARY_LENGTH, cfg.rollout.max_prompt_length + cfg.rollout.max_response_length - 1),
     )
     return LearnerGroup(spec, cfg.cluster.placement, cfg.run.startup_limit).start()
 
 
-def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[LearnerGroup, LearnerGroup | None]:
+def policy_and_critic(
+    run: Run, model_path: str, critic_path: str, saved: Checkpoint | None = None
+) -> tuple[LearnerGroup, LearnerGroup | None]:
     """PPO's learners; the critic only where the estimator needs one."""
     cfg = run.cfg
     policy = learner(
@@ -102,6 +112,7 @@ def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[Lear
         total_steps=cfg.updates_per_step * (cfg.train.steps - cfg.critic.warmup_steps),
         micro_batch_tokens=cfg.train.micro_batch_tokens,
         packing=cfg.train.packing,
+        saved=saved,
     )
     if not cfg.uses_critic:
         return policy, None
@@ -116,6 +127,7 @@ def policy_and_critic(run: Run, model_path: str, critic_path: str) -> tuple[Lear
         total_steps=cfg.updates_per_step * cfg.train.steps,
         micro_batch_tokens=cfg.train.micro_batch_tokens,
         packing=cfg.train.packing,
+        saved=saved,
     )
     return policy, critic
 
@@ -169,6 +181,7 @@ def experience(run: Run) -> ExperienceGroup:
         cfg.reward,
         cfg.rollout.max_response_length,
         run.tokenizer_dir,
+        cfg.rollout.max_staleness,
         folder,
         cfg.cluster.placement,
         cfg.run.startup_limit,

@@ -3,12 +3,16 @@
     python -m rlhf_dist.main
     python -m rlhf_dist.main pipeline.stages=[sft,dpo]
 
+A run that is gone on with makes no stage again that is complete.
+
 Source: Ouyang et al., 2203.02155.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cache, partial
 
 from ray import ObjectRef
 
@@ -28,24 +32,29 @@ SAMPLES_PER_PROMPT = 4
 
 def pipeline(run: Run) -> str:
     """Returns the folder of the last stage's result."""
-    policy, reward, sampled = run.model_path, None, None
+    policy, reward = run.model_path, None
     for stage in run.cfg.stages:
-        if stage in ("reward_model", "dpo") and run.cfg.samples_comparisons and sampled is None:
-            sampled = sample_for_comparisons(run, policy)
         match stage:
             case "sft":
-                policy = sft(run, policy)
+                policy = run.once("sft", partial(sft, run, policy))
             case "distill":
-                policy = distill(run, policy)
+                policy = run.once("distill", partial(distill, run, policy))
             case "reward_model":
-                reward = reward_model(run, policy, sampled)
+                reward = run.once("reward_model", partial(on_comparisons, reward_model, run, policy))
             case "dpo":
-                policy = dpo(run, policy, sampled)
+                policy = run.once("dpo", partial(on_comparisons, dpo, run, policy))
             case "ppo":
-                policy = ppo(run, policy, reward)
+                policy = run.once("policy", partial(ppo, run, policy, reward))
     return policy if run.cfg.stages[-1] != "reward_model" or reward is None else reward
 
 
+def on_comparisons(recipe: Callable[[Run, str, ObjectRef | None], str], run: Run, policy_path: str) -> str:
+    """A stage that learns from comparisons, of which the embedded world makes a part from samples of the policy."""
+    sampled = sample_for_comparisons(run, policy_path) if run.cfg.samples_comparisons else None
+    return recipe(run, policy_path, sampled)
+
+
+@cache  # one sampling for all stages with the same policy
 def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:
     """Responses of the SFT policy to training prompts; ``schema.ROLLOUT``."""
     world = run.cfg.data.world

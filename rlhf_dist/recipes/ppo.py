@@ -23,18 +23,28 @@ from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.stream import RolloutStream
 from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.algorithms.kl import kl_controller
 from rlhf_dist.data.experience import ScoreScale
 from rlhf_dist.data.prompts import PromptOrder, minibatches
+from rlhf_dist.data.trained import TrainedLedger, TrainedStep
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.evaluate import Evaluator, show
 from rlhf_dist.recipes.progress import StepClock, log_syncs, shown
+from rlhf_dist.recipes.saving import Saver, TrainState
 from rlhf_dist.run import Run
 
 
 def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
-    """Train the policy in ``model_path``; returns the folder of the result, ``policy/`` in the run folder."""
+    """Train the policy in ``model_path``; returns the folder of the result, ``policy/`` in the run folder.
+
+    Goes on from the newest checkpoint of the run, if there is one.
+    """
     cfg = run.cfg
-    policy, critic = groups.policy_and_critic(run, model_path, cfg.critic.path or reward_model_path or model_path)
+    saver = Saver(run)
+    saved = saver.newest()
+    policy, critic = groups.policy_and_critic(
+        run, model_path, cfg.critic.path or reward_model_path or model_path, saved
+    )
     generators = groups.generators(run, model_path, from_learner=True)
     reward = groups.reward(run, reward_model_path)
     reference = groups.reference(run, model_path) if cfg.uses_reference else None
@@ -53,25 +63,30 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
 
     prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
     run.note_rows("prompts", report)
+    state = TrainState.of(saved)
+    ledger = TrainedLedger(run.path("ledger.jsonl"))
     stream = RolloutStream(
         generators,
         prompts,
         PromptOrder(report["rows"], cfg.seed, cfg.data.shuffle),
         batch_size=cfg.rollout.batch_size,
         n_samples_per_prompt=cfg.rollout.n_samples_per_prompt,
-        steps=cfg.train.steps,
+        steps=cfg.train.steps - state.step,
         greedy=cfg.uses_greedy,
         max_staleness=cfg.rollout.max_staleness,
+        version=ledger.begin(state.step),
+        state=state.stream,
     )
     scores = reward.score(stream, prompts)  # of every chunk, the moment it is generated
     ref = reference.logprobs(stream) if reference else None
-    log_syncs(run, stream.publish(policy.weights(version=0)))
+    log_syncs(run, stream.publish(policy.weights(stream.version)))
     evaluate = Evaluator(run, generators, experience, reward, reference, metrics)
-    before = evaluate("sft", step=0)
+    before = state.before or evaluate("sft", step=0)
     scale = ScoreScale(before["metrics"]["reward"], before["std"]["reward"]) if cfg.reward.normalize else ScoreScale()
+    kl_control = kl_controller(cfg.algo.kl_coef, cfg.algo.kl_target, cfg.algo.kl_horizon, state.kl_control)
 
-    with run.terminal.stage("ppo", cfg.train.steps) as bar:
-        for step in run.steps():
+    with run.saving(), run.terminal.stage("ppo", cfg.train.steps) as bar:
+        for step in run.steps(done=state.step):
             clock = StepClock(run.trace)
             rollouts = stream.next_batch()
             old = policy.logprobs(rollouts) if cfg.algo.old_logprobs == "learner" else None
@@ -82,8 +97,10 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             clock.lap("generate")
 
             columns = [c for c in (scores, ref, old, values) if c is not None]
-            batch, figures = experience.build(step, rollouts, columns, scale, cfg.rollout.max_staleness)
+            batch, figures = experience.build(step, stream.version, rollouts, columns, scale, kl_control.value)
             figures = wait_for(figures, "experience, estimating advantages")
+            if reference:
+                kl_control.update(figures["rollout/kl"], cfg.samples_per_step)
             clock.lap("score")
 
             rows = minibatches(cfg.samples_per_step, cfg.train.batch_size, cfg.updates_per_step, [cfg.seed, step])
@@ -93,22 +110,24 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             if critic:
                 stats |= critic.update(batch, rows)
             figures |= stats.result()
-            stream.trained(rollouts)
+            ledger.trained(TrainedStep(step, stream.version + 1, stream.trained(rollouts)))
             clock.lap("update")
 
-            figures |= log_syncs(run, stream.publish(policy.weights(version=step)))
+            figures |= log_syncs(run, stream.publish(policy.weights(stream.version + 1)))
             clock.lap("push_weights")
 
-            run.log("ppo", step, figures | clock.figures(rollouts))
+            run.log("ppo", step, figures | clock.figures(rollouts) | saver.figures())
             bar.update(step, shown(figures, rollouts, clock))
-            if cfg.run.eval_every and step % cfg.run.eval_every == 0 and step < cfg.train.steps:
-                evaluate("ppo", step)
-            run.checkpoint_if_due(step, policy)
+            due = cfg.run.eval_every and step % cfg.run.eval_every == 0 and step < cfg.train.steps
+            score = evaluate("ppo", step)["metrics"]["reward"] if due else None
+            state = TrainState(step, stream.state_dict(), kl_control.state_dict(), before)
+            saver.save_if_due(state, [policy, critic] if critic else [policy], score)
 
-    log_syncs(run, generators.wait_published(cfg.train.steps))
+    log_syncs(run, generators.wait_published(stream.version))
     after = evaluate("ppo", step=cfg.train.steps)
     show(run, {"sft": before, "ppo": after})
     policy.export(run.path("policy"), run.tokenizer_dir)
+    saver.wait()
     experience.flush()
     run.collect_spans()
     run.finish_stage()

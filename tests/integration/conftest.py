@@ -71,7 +71,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
     def begin(*arguments: str, folder: str = "job") -> Job:
         place = tmp_path / folder
-        place.mkdir()
+        place.mkdir(exist_ok=True)  # the same folder again: a run that goes on
         (place / "my_rewards.py").write_text(REWARDS)
         jobs.append(Job(place, list(arguments)))
         return jobs[-1]

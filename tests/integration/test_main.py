@@ -206,12 +206,6 @@ def test_a_port_in_use(start: Callable[..., Job], config: str) -> None:
     assert job.summary["status"] == "failed"
 
 
-def test_a_run_folder_that_exists(start: Callable[..., Job], config: str) -> None:
-    job = start("--config", config, "model.path=./nowhere").wait(120)
-    again = Job(job.folder.parents[1], ["--config", config]).wait(120)
-    again.assert_failed(2, f"{job.folder} holds a run already; choose another name or remove it")
-
-
 def test_a_faulty_row_is_fatal_where_the_config_says_so(start: Callable[..., Job], tmp_path: Path) -> None:
     rows = [{"prompt": "Count to three.", "response": "1 2 3"}] * 3
     lines = [json.dumps({"messages": [{"role": "user", "content": r["prompt"]},

@@ -5,9 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from rlhf_dist.checkpoint import MANIFEST, complete, prune, seal, verify
+from rlhf_dist.checkpoint import (
+    MANIFEST,
+    complete,
+    describe,
+    destination,
+    local_copy,
+    newest,
+    prune,
+    seal,
+    verify,
+)
 
 
 @pytest.fixture
@@ -99,7 +110,7 @@ def test_complete_ones_are_listed_oldest_first(tmp_path: Path) -> None:
     for step, done in ((20, True), (5, True), (30, False), (10, True)):
         make(tmp_path, step, done)
     (tmp_path / "other").mkdir()
-    assert [p.name for p in complete(tmp_path)] == ["step_000005", "step_000010", "step_000020"]
+    assert [Path(p).name for p in complete(tmp_path)] == ["step_000005", "step_000010", "step_000020"]
     assert complete(tmp_path / "nowhere") == []
 
 
@@ -108,7 +119,7 @@ def test_prune_keeps_the_newest_and_what_is_being_written(tmp_path: Path) -> Non
         make(tmp_path, step)
     unfinished = make(tmp_path, 30, done=False)
     prune(tmp_path, keep=2)
-    assert [p.name for p in complete(tmp_path)] == ["step_000010", "step_000020"]
+    assert [Path(p).name for p in complete(tmp_path)] == ["step_000010", "step_000020"]
     assert unfinished.is_dir()
     assert not (tmp_path / "step_000005").exists()
     prune(tmp_path, keep=2)
@@ -119,3 +130,52 @@ def test_the_manifest_is_readable_by_people(folder: Path) -> None:
     text = (folder / MANIFEST).read_text()
     assert list(json.loads(text)) == ["step", "policy_version", "files"]
     assert "\n" in text
+
+
+def test_prune_keeps_the_best_beside_the_newest(tmp_path: Path) -> None:
+    for step, score in ((5, 0.9), (10, None), (20, 0.5), (30, 0.7), (40, None)):
+        seal(make(tmp_path, step, done=False), {"step": step, "score": score})
+    prune(tmp_path, keep=1, keep_best=2)
+    assert [Path(p).name for p in complete(tmp_path)] == ["step_000005", "step_000030", "step_000040"]
+
+
+def test_the_newest_that_is_whole_is_found_and_the_others_are_named(tmp_path: Path) -> None:
+    assert newest(tmp_path) == (None, [])
+    for step in (5, 10, 20):
+        make(tmp_path, step)
+    (tmp_path / "step_000020" / "weights").unlink()
+    found, faults = newest(tmp_path)
+    assert found is not None
+    assert (Path(found.folder).name, found.manifest["step"]) == ("step_000010", 10)
+    [fault] = faults
+    assert "step_000020: weights is missing" in fault
+
+
+def test_an_object_store_keeps_the_same_promise(tmp_path: Path) -> None:
+    """fsspec's store in memory: no local paths, no renaming."""
+    root = "memory://bucket/run/checkpoints"
+    for step in (5, 10):
+        folder = f"{root}/step_{step:06d}"
+        local, send = destination(folder)
+        (local / "policy").mkdir(parents=True)
+        (local / "policy" / "weights").write_bytes(bytes(step))
+        files = describe(local)
+        send()
+        assert not local.exists(), "the staging is gone"
+        assert step == 5 or len(complete(root)) == 1, "not complete without its manifest"
+        seal(folder, {"step": step}, files)
+    found, faults = newest(root)
+    assert found is not None
+    assert faults == []
+    assert found.manifest["step"] == 10
+    with local_copy(f"{found.folder}/policy") as local:
+        assert (local / "weights").read_bytes() == bytes(10)
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/bucket/run/checkpoints/step_000010/policy/weights", b"x" * 10)
+    found, faults = newest(root)
+    assert found is not None
+    assert found.manifest["step"] == 5
+    assert "the content of policy/weights does not match" in faults[0]
+    prune(root, keep=1)
+    assert [p.rpartition("/")[2] for p in complete(root)] == ["step_000010"]
+    assert not fs.exists("/bucket/run/checkpoints/step_000005")

@@ -364,7 +364,7 @@ def writer(folder: Path, tokenizer_dir: Path) -> Any:
     from rlhf_dist.data.world import build_tokenizer
 
     save_tokenizer(build_tokenizer(), str(tokenizer_dir))
-    return Experience.__ray_metadata__.modified_class(AlgoConfig(), PLAIN, 8, str(tokenizer_dir), str(folder))
+    return Experience.__ray_metadata__.modified_class(AlgoConfig(), PLAIN, 8, str(tokenizer_dir), 0, str(folder))
 
 
 def test_rollouts_are_written_with_their_texts(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self, batch: int, staleness: int, resumed_at: int) -> None:
         self.batch, self.staleness = batch, staleness
         self.first = resumed_at * batch + 7
-        self.ledger = Ledger(batch, staleness, version=resumed_at, next_group=self.first)
+        self.ledger = Ledger(batch, staleness, version=resumed_at)
+        assert self.ledger.load_state_dict({"next_group": self.first, "outstanding": []}) == []
         self.version = self.resumed_at = resumed_at
         self.discarded: set[int] = set()
         self.sampled_under: dict[int, int] = {}
@@ -55,6 +58,20 @@ class LedgerMachine(RuleBasedStateMachine):
         held = data.draw(st.lists(st.sampled_from(known), unique=True)) if known else []
         again = self.ledger.lost(held)
         assert again == sorted(self.at_generators.intersection(held)), "exactly its unfinished groups"
+        self.sampled_under |= dict.fromkeys(again, self.version)
+
+    @precondition(lambda self: self.open is None and len(self.trained) // self.batch + self.resumed_at == self.version)
+    @rule(later=st.integers(0, 2))
+    def restart(self, later: int) -> None:
+        """The driver dies between two batches; another one goes on, at a version that was never used."""
+        state = json.loads(json.dumps(self.ledger.state_dict()))
+        self.version += later
+        self.resumed_at += later
+        self.ledger = Ledger(self.batch, self.staleness, version=self.version)
+        again = self.ledger.load_state_dict(state)
+        assert set(again) == self.sampled_under.keys() - set(self.trained) - self.discarded
+        self.at_generators = set(again)
+        self.finished -= self.at_generators
         self.sampled_under |= dict.fromkeys(again, self.version)
 
     # One batch between two versions: the loop trains, then publishes.
@@ -244,8 +261,17 @@ def test_a_group_that_was_lost_gets_a_new_deadline() -> None:
 
 
 def test_a_resumed_run_continues_where_it_was() -> None:
-    ledger = Ledger(batch_size=2, version=3, next_group=9)
-    assert ledger.admit() == [9, 10]
+    ledger = Ledger(batch_size=2, max_staleness=1)
+    assert ledger.admit() == [0, 1, 2, 3]
+    ledger.open_batch()
+    for group in (0, 2):
+        ledger.completed(group)
+    assert ledger.take() == [0, 2]
+    assert ledger.close_batch() == [0, 2]
+    ledger.published(1)
+    resumed = Ledger(batch_size=2, max_staleness=1, version=5)
+    assert resumed.load_state_dict(ledger.state_dict()) == [1, 3]
+    assert resumed.admit() == [4, 5]
 
 
 def test_a_discarded_group_makes_room_for_another() -> None:

@@ -1,0 +1,130 @@
+"""The same command again goes on where a run ended, whatever ended it."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Job
+from safetensors.torch import load_file
+
+from rlhf_dist.data.trained import final_line
+
+PPO = [
+    "algo={advantage_estimator: gae, kl_coef: 0.1, kl_target: 0.5, kl_horizon: 100, kl_estimator: k1}",
+    "algo.use_kl_loss=false",
+    "critic={learner: {cpus: 0.2}, warmup_steps: 1}",
+    "data.world={prompts: 32, test_prompts: 16}",
+    "train={steps: 6, batch_size: 16, epochs: 1, micro_batch_tokens: 400}",
+    "run={checkpoint_every: 2, eval_every: 3}",
+]
+#: Figures that say what was learnt; the others are seconds, or of the machine.
+LEARNT = ("rollout/", "train/")
+
+
+def kill(job: Job) -> None:
+    job.process.send_signal(signal.SIGKILL)
+    job.process.wait()
+    job.assert_nothing_left()
+
+
+def assert_same(resumed: Job, whole: Job) -> None:
+    """The same prompts in the same order, the same figures, the same weights bit for bit."""
+    ours, theirs = (final_line(job.folder / "ledger.jsonl") for job in (resumed, whole))
+    assert [(s.step, s.rows) for s in ours] == [(s.step, s.rows) for s in theirs]
+    for stage in ("ppo", "eval"):
+        found, expected = resumed.metrics(stage), whole.metrics(stage)
+        assert [r["step"] for r in found] == [r["step"] for r in expected]
+        for one, other in zip(found, expected, strict=True):
+            for name in [n for n in other if n.startswith(LEARNT) or (stage == "eval" and n.startswith("eval/"))]:
+                assert one[name] == pytest.approx(other[name], abs=1e-6), f"{name} in step {other['step']}"
+    weights = [load_file(job.folder / "policy" / "model.safetensors") for job in (resumed, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, config: str) -> Job:
+    """A run without a break."""
+    from jobs import REWARDS
+
+    place = tmp_path_factory.mktemp("whole")
+    (place / "my_rewards.py").write_text(REWARDS)
+    job = Job(place, ["--config", config, *PPO]).wait()
+    assert job.code == 0, job.output
+    return job
+
+
+def test_after_kill_9_it_goes_on_as_if_nothing_had_happened(whole: Job, start: Callable[..., Job], config: str) -> None:
+    kill(start("--config", config, *PPO).wait_for_step(3))
+    job = start("--config", config, *PPO).wait()
+    assert job.code == 0, job.output
+    assert "going on after step 2" in job.output
+    assert_same(job, whole)
+    versions = [s.version for s in final_line(job.folder / "ledger.jsonl")]
+    assert versions[:2] == [1, 2]
+    assert versions[2] >= 5, "version 3 was published by the run that was killed, and 4 began the new one"
+    assert job.summary["resumed"] == 1
+    again = start("--config", config, *PPO).wait(60)
+    again.assert_failed(2, "is finished; choose another name")
+
+
+def test_sigterm_saves_first(whole: Job, start: Callable[..., Job], config: str) -> None:
+    job = start("--config", config, *PPO).wait_for_step(3)
+    job.process.send_signal(signal.SIGTERM)
+    job.wait(60)
+    assert job.code == 130, job.output
+    assert "SIGTERM: saving after this step" in job.output
+    stopped_after = job.summary["steps"]
+    job.assert_nothing_left()
+    other = start("--config", config, *PPO, "policy.optim.lr=1e-4").wait(60)
+    other.assert_failed(2, "policy.optim.lr: 0.001 then, 0.0001 now")
+    job = start("--config", config, *PPO, "run.keep_last=3").wait()
+    assert job.code == 0, job.output
+    assert f"going on after step {stopped_after}" in job.output
+    assert_same(job, whole)
+
+
+def prompts_trained(job: Job) -> Counter[int]:
+    return Counter(row for step in final_line(job.folder / "ledger.jsonl") for row in step.rows.values())
+
+
+def test_ahead_of_the_learner_every_prompt_is_trained_once_per_epoch(start: Callable[..., Job], config: str) -> None:
+    """32 prompts, 8 in a step, 8 steps: two epochs, with a kill in the second."""
+    options = [*PPO, "train.steps=8", "rollout.max_staleness=2", "generator={replicas: 2, cpus: 0.2}"]
+    kill(start("--config", config, *options).wait_for_step(5))
+    job = start("--config", config, *options).wait()
+    assert job.code == 0, job.output
+    assert set(prompts_trained(job).values()) == {2}
+    assert len(prompts_trained(job)) == 32
+    assert max(r["train/policy_age_max"] for r in job.metrics("ppo")) <= 2
+    first_epoch: list[int] = []
+    for step in final_line(job.folder / "ledger.jsonl"):
+        first_epoch += [row for group, row in step.rows.items() if group < 32]
+    assert sorted(first_epoch) == list(range(32))
+
+
+def damage(folder: Path, rng: Any) -> None:
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+    file = files[rng.integers(len(files))]
+    data = file.read_bytes()
+    file.write_bytes(data[: rng.integers(len(data))])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    whole: Job, start: Callable[..., Job], config: str
+) -> None:
+    import numpy as np
+
+    job = start("--config", config, *PPO).wait_for_step(5)
+    kill(job)
+    damage(job.folder / "checkpoints" / "step_000004", np.random.default_rng(0))
+    job = start("--config", config, *PPO).wait()
+    assert job.code == 0, job.output
+    assert "not used: " in job.output
+    assert "going on after step 2" in job.output
+    assert_same(job, whole)
