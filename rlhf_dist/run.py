@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from rlhf_dist import checkpoint, planner
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors import waiting
 from rlhf_dist.actors.data import prepare_model
+from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Startable
+from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.waiting import SETTLING, WorkerDied
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import dump
 from rlhf_dist.observability.logs import quiet_libraries
@@ -63,6 +67,7 @@ class Run:
         """The signal that asks a run which can save to stop after its step."""
         self._can_save = False
         self.samples: list[dict[str, Any]] = []
+        self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
 
@@ -123,10 +128,16 @@ class Run:
             return str(folder)
         path = make()
         checkpoint.seal(folder, {"stage": name})
+        self.write_summary()
         return path
 
-    def _write(self) -> None:
+    def write_summary(self) -> None:
+        """So that a run that goes on after a kill has the figures of this one."""
         self.summary.write(self.path("summary.json"))
+
+    def _write(self) -> None:
+        self.summary.set("faults", [asdict(fault) for fault in self.faults.faults])
+        self.write_summary()
         self.trace.write(self.path("trace.json"))
         (self.folder / "samples.json").write_text(json.dumps(self.samples, indent=1))
         self._open.close()
@@ -206,14 +217,18 @@ class Run:
             self.terminal.info(f"{what}: {report['too_long']} rows left out, longer than the limit")
 
     def start(self, **groups: Startable | None) -> None:
-        """Wait for groups whose processes are starting side by side, and show who is up; None is nobody."""
-        present = {name: group for name, group in groups.items() if group is not None}
+        """Wait for groups whose processes are starting side by side, and show who is up.
+
+        None is nobody; groups that are up already are passed over.
+        """
+        present = {n: g for n, g in groups.items() if g is not None and g not in self._groups}
         self._groups += present.values()
         finished: queue.SimpleQueue[tuple[str, BaseException | None]] = queue.SimpleQueue()
 
         def wait(name: str, group: Startable) -> None:
             try:
                 group.wait_ready()
+                group.guard(self.faults)
                 finished.put((name, None))
             except BaseException as error:  # noqa: BLE001  (raised below, in the thread of the run)
                 finished.put((name, error))
@@ -228,6 +243,22 @@ class Run:
                 if error is not None:
                     raise error
                 starting.ready(name)
+
+    def give_up(self, learners: Sequence[LearnerGroup], error: WorkerDied) -> None:
+        """End learners of which a rank died, or whose work was lost; they cannot go on from where they are.
+
+        Raises:
+            WorkerFailed: that happened too often.
+        """
+        time.sleep(SETTLING if not any(g.died for g in learners) else 0)  # the news of a death may be on its way
+        dead = [(g.role, rank, cause) for g in learners for rank, cause in g.died.items()]
+        pauses = [self.faults.died(role, f"{role} {rank}", cause) for role, rank, cause in dead]
+        if not dead:
+            pauses = [self.faults.died("the step", "what the step needs", str(error))]
+        for group in learners:
+            self._groups.remove(group)
+            group.release()
+        time.sleep(max(pauses))
 
     def finish_stage(self) -> None:
         """Release every group that was started."""

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from rlhf_dist.actors import waiting
+from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Holder
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.transport import Weights
-from rlhf_dist.actors.waiting import WaitLimitExceeded, explained
+from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, cause_of_death, explained, wait_for
 from rlhf_dist.data.balance import Balancer, Load
 
 
@@ -38,6 +41,8 @@ class Lane:
     arrived: Callable[[Chunk], None]
     """Called with the lock held, for every chunk the moment it is there."""
     failed: Callable[[BaseException], None]
+    lost: Callable[[list[int]], object] = lambda groups: None
+    """Called with the lock held when groups have to be sampled again, because a generator died."""
     rows: dict[int, int] = field(default_factory=dict)
     """Of the groups that are under way, their rows of ``prompts``."""
 
@@ -52,9 +57,13 @@ class Sync:
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By generator: what it verified, and ``serving_seconds`` since the publication."""
 
+    def served_by(self, generators: set[int]) -> bool:
+        """Whether all of ``generators``, and at least one, serve this version or a newer one."""
+        return bool(self.records) and generators <= self.records.keys()
+
 
 class GeneratorGroup(Holder):
-    """The vLLM engines, as one.
+    """The vLLM engines, as one. One that dies is started anew; meanwhile the others do its work.
 
     consumes: groups to sample, versions of the weights; waits for: nobody; unblocks: batches, as chunks arrive.
 
@@ -64,8 +73,12 @@ class GeneratorGroup(Holder):
 
     def __init__(self, group: Group, capacity: int) -> None:
         super().__init__(group)
+        self.group = group
         self.actors = group.actors
         self.changed = threading.Condition()
+        self._live = set(range(len(self.actors)))
+        self._newest: Weights | None = None
+        self._faults: Faults | None = None
         self.version = -1
         """The newest that was published; whatever is submitted is sampled from this version, or a later one."""
         self._balancer: Balancer[tuple[int, int]] = Balancer(
@@ -86,15 +99,30 @@ class GeneratorGroup(Holder):
         with self.changed:
             if not self._reading:
                 self._reading = True
-                for i in range(len(self.actors)):
-                    threading.Thread(target=self._read, args=(i,), daemon=True, name=f"generator {i}").start()
+                for i in self._live:
+                    self._start_reading(i)
             number = next(self._numbers)
             self._lanes[number] = lane
         return number
 
-    def close(self, lane: int) -> None:
+    def close(self, number: int) -> None:
+        """Nobody wants the lane's samples any more; those that are under way are given up."""
         with self.changed:
-            del self._lanes[lane]
+            lane = self._lanes.pop(number)
+            self._balancer.forget([(number, group) for group in lane.rows])
+            if lane.rows:
+                for i in self._live:
+                    self.actors[i].drop.remote(number)
+
+    def reset(self) -> None:
+        """Give up everything that is under way, and forget the error that it ended with."""
+        with self.changed:
+            for number in list(self._lanes):
+                self.close(number)
+            self._syncs.clear()
+            self._reported.clear()
+            self._newest = None
+            self._error = None
 
     def submit(self, number: int, groups: Sequence[tuple[int, int]]) -> None:
         """Have ``(group, prompt row)`` sampled for a lane, by whichever generator has the least to do."""
@@ -134,11 +162,13 @@ class GeneratorGroup(Holder):
 
     def publish(self, weights: Weights) -> None:
         """Send new weights to every generator; returns at once. None serves them before its gate has passed."""
-        sync = Sync(weights.version, weights.deliver(self.actors), time.monotonic())
         with self.changed:
+            live = sorted(self._live)
+            sync = Sync(weights.version, weights.deliver([self.actors[i] for i in live]), time.monotonic())
+            self._newest = weights
             self.version = sync.version
             self._syncs.append(sync)
-        for i, ref in enumerate(sync.refs):
+        for i, ref in zip(live, sync.refs, strict=True):
             ref.future().add_done_callback(functools.partial(self._loaded, sync, i))
 
     def wait_published(self, version: int) -> list[Sync]:
@@ -163,19 +193,89 @@ class GeneratorGroup(Holder):
     def _loading(self, version: int) -> list[int]:
         """Generators that do not serve ``version`` or a newer one yet."""
         pending = [s for s in self._syncs if s.version <= version]
-        return sorted({i for s in pending for i in range(len(self.actors)) if i not in s.records})
+        everybody = set(range(len(self.actors)))
+        # With nobody there the version waits for the first who comes back.
+        return sorted({i for s in pending for i in (self._live or everybody) - s.records.keys()})
 
     def _loaded(self, sync: Sync, generator: int, future: Any) -> None:
         with self.changed:
+            if sync not in self._syncs:  # given up
+                return
             if (error := future.exception()) is not None:
-                self._fail(explained(error, f"generator {generator}, loading version {sync.version}"))
+                if not isinstance(error, RayActorError):  # else the generator itself, which is being started anew
+                    self._fail(explained(error, f"generator {generator}, loading version {sync.version}"))
                 return
             seconds = time.monotonic() - sync.published
             sync.records[generator] = future.result() | {"serving_seconds": seconds}
-            if len(sync.records) == len(self.actors):
-                self._syncs.remove(sync)
-                self._reported.append(sync)
-            self.changed.notify_all()
+            self._report_syncs()
+
+    def _report_syncs(self) -> None:
+        """Put those aside that every living generator has completed."""
+        done = [sync for sync in self._syncs if sync.served_by(self._live)]
+        self._syncs = [sync for sync in self._syncs if sync not in done]
+        self._reported += done
+        self.changed.notify_all()
+
+    def guard(self, faults: Faults) -> None:
+        """Start generators anew that die from here on."""
+        self._faults = faults
+        for i in self._live:
+            self.group.watch(i, functools.partial(self._died, i, self.actors[i]))
+
+    def _died(self, generator: int, actor: ActorHandle, error: Exception) -> None:
+        """Give its unfinished groups to the others, and start another one in its place."""
+        with self.changed:
+            if generator not in self._live or self.actors[generator] is not actor:
+                return
+            self._live.remove(generator)
+            by_lane: dict[int, list[int]] = {}
+            for number, group in self._balancer.lost(generator):
+                by_lane.setdefault(number, []).append(group)
+            for number, groups in by_lane.items():
+                self._lanes[number].lost(groups)
+            self._assign()
+            self._report_syncs()
+        threading.Thread(target=self._revive, args=(generator, error), daemon=True).start()
+
+    def _revive(self, generator: int, error: Exception) -> None:
+        """Start it, load the newest weights, pass the gate, take work; again, when it dies on the way."""
+        assert self._faults is not None
+        role, name = self.group.role, f"{self.group.role} {generator}"
+        while True:
+            try:
+                time.sleep(self._faults.died(role, name, cause_of_death(error)))
+                self.group.restart(generator)
+                wait_for(self.actors[generator].ready.remote(), f"start of {name}", self.group.seconds)
+                while not self._join(generator, self._newest):
+                    pass
+                self._faults.works_again(name)
+                return
+            except WorkerDied as died:
+                error = died
+            except BaseException as fatal:  # noqa: BLE001  (a background thread: whatever it is must reach the run)
+                with self.changed:
+                    self._fail(fatal)
+                return
+
+    def _join(self, generator: int, weights: Weights | None) -> bool:
+        """Load ``weights`` and take work; False if there are newer ones by then."""
+        actor = self.actors[generator]
+        record: dict[str, Any] = {}
+        if weights is not None:
+            what = f"{self.group.role} {generator}, loading version {weights.version}"
+            record = wait_for(weights.deliver([actor])[0], what)
+        with self.changed:
+            if self._newest is not weights:
+                return False
+            for sync in self._syncs:
+                sync.records[generator] = record | {"serving_seconds": time.monotonic() - sync.published}
+            self._live.add(generator)
+            self._balancer.joined(generator)
+            self.group.watch(generator, functools.partial(self._died, generator, actor))
+            self._start_reading(generator)
+            self._assign()
+            self._report_syncs()
+        return True
 
     def _assign(self) -> None:
         """Send what the balancer gives out: one call for each generator and lane."""
@@ -187,15 +287,26 @@ class GeneratorGroup(Holder):
                 lane = self._lanes[number]
                 self.actors[generator].submit.remote(number, lane.prompts, groups, lane.n, lane.greedy, self.version)
 
-    def _read(self, generator: int) -> None:
+    def _start_reading(self, generator: int) -> None:
+        arguments = (generator, self.actors[generator])
+        threading.Thread(target=self._read, args=arguments, daemon=True, name=f"generator {generator}").start()
+
+    def _read(self, generator: int, actor: ActorHandle) -> None:
         """Pass on the chunks of one generator, for as long as it lives."""
-        next_chunk: Any = self.actors[generator].next_chunk.options(num_returns=2)
+        next_chunk: Any = actor.next_chunk.options(num_returns=2)
         try:
             while True:
                 info_ref, table = next_chunk.remote()
                 info: ChunkInfo = ray.get(info_ref)
                 with self.changed:
-                    self._arrived(generator, info, table)
+                    if generator in self._live and self.actors[generator] is actor and info.lane in self._lanes:
+                        self._arrived(generator, info, table)
+        except RayActorError as error:
+            if self._faults is not None:
+                self._died(generator, actor, error)
+            else:  # not guarded yet
+                with self.changed:
+                    self._fail(explained(error, f"generator {generator}"))
         except Exception as error:  # noqa: BLE001  (a background thread: whatever ends it must reach the run)
             with self.changed:
                 self._fail(explained(error, f"generator {generator}"))

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import ray
 from ray import ObjectRef
 
-from rlhf_dist.actors.group import Group, Holder, Resources, Worker
+from rlhf_dist.actors.group import WATCH, Group, Holder, Resources, Worker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, RewardConfig
@@ -32,7 +32,7 @@ from rlhf_dist.data.experience import (
 )
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCH)  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class Experience(Worker):
     """Advantages of a batch, its figures, and its file in the run folder."""
 
@@ -133,7 +133,14 @@ class ExperienceGroup(Holder):
         arguments = (algo, reward, max_response_length, tokenizer_dir, max_staleness, rollout_dir)
         # No CPU of its own: it works for milliseconds in each step, while everybody else waits for it.
         group = Group(
-            "experience", Experience, 1, Resources(cpus=0), lambda _: arguments, strategy=strategy, seconds=seconds
+            "experience",
+            Experience,
+            1,
+            Resources(cpus=0),
+            lambda _: arguments,
+            strategy=strategy,
+            seconds=seconds,
+            ray_restarts=True,
         )
         super().__init__(group)
         self.actor = group.actors[0]

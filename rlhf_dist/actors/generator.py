@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from rlhf_dist import schema
-from rlhf_dist.actors.group import Worker
+from rlhf_dist.actors.group import WATCH, Worker
 from rlhf_dist.actors.outbox import Outbox
 from rlhf_dist.actors.rollouts import ChunkInfo
 from rlhf_dist.config import Config
@@ -40,7 +40,7 @@ class Command:
     answer: Future
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCH)  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class Generator(Worker):
     """One engine. Calls come in on Ray's threads; the engine lives in one thread of its own.
 
@@ -98,6 +98,15 @@ class Generator(Worker):
                     engine.add(lane, int(prompt_ids[row]), group, i, ids[row], seed, version)
 
         self._send(submit)
+
+    def drop(self, lane: int) -> None:
+        """Give up what a lane has here; nobody wants it any more."""
+
+        def drop(engine: Any) -> None:
+            engine.drop(lane)
+            self.outbox.drop(lane)
+
+        self._run(drop)
 
     def next_chunk(self) -> tuple[ChunkInfo, pa.Table]:
         """Block until a chunk is finished. Two returned objects, so that the driver owns the table unread."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +15,8 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_dist.actors.waiting import WorkerFailed, wait_for
+from rlhf_dist.actors.faults import Faults
+from rlhf_dist.actors.waiting import WorkerFailed, cause_of_death, wait_for
 from rlhf_dist.observability.logs import redirect_output
 from rlhf_dist.observability.trace import Span, Trace
 
@@ -39,6 +42,15 @@ class Worker:
     def spans(self) -> list[Span]:
         """What this process did since the last call."""
         return self.trace.drain()
+
+    @ray.method(concurrency_group="watch", max_task_retries=0)
+    def lifetime(self) -> None:
+        """Never returns: the call fails when the process dies."""
+        threading.Event().wait()
+
+
+#: Every actor class needs this group of threads, for :meth:`Worker.lifetime`.
+WATCH = {"watch": 1}
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ class Group:
 
     Args:
         make_args: index of the actor to the arguments of its constructor.
+        ray_restarts: for actors without a state: Ray starts one that died anew, and gives it its calls again.
 
     Raises:
         WorkerFailed: the cluster cannot place the group within ``seconds``.
@@ -94,23 +107,30 @@ class Group:
         strategy: str,
         seconds: float,
         concurrency: int = 1,
+        ray_restarts: bool = False,
     ) -> None:
         self.role = role
         self.seconds = seconds
+        self._released = False
         # A process that asks for nothing needs no place; Ray refuses empty bundles.
         needs = any(resources.bundle().values())
         self.placement = _place(role, [resources.bundle()] * count, strategy, seconds) if needs else None
-        self.actors: list[ActorHandle] = [
-            actor_class.options(
+        retries = -1 if ray_restarts else 0
+
+        def start(i: int) -> ActorHandle:
+            return actor_class.options(
                 num_cpus=resources.cpus,
                 num_gpus=resources.gpus,
                 resources=resources.custom or None,
                 max_concurrency=concurrency,
+                max_restarts=retries,
+                max_task_retries=retries,
                 scheduling_strategy=self._bundle(i),
                 runtime_env={"env_vars": resources.environment(f"{role}-{i}")},
             ).remote(*make_args(i))
-            for i in range(count)
-        ]
+
+        self._start = start
+        self.actors: list[ActorHandle] = [start(i) for i in range(count)]
 
     def _bundle(self, i: int) -> PlacementGroupSchedulingStrategy | str:
         if self.placement is None:
@@ -121,12 +141,46 @@ class Group:
         """Block until every actor is up; returns what their ``ready`` returned."""
         return wait_for([a.ready.remote() for a in self.actors], f"start of {self.role}", self.seconds)
 
+    def restart(self, i: int) -> None:
+        """A new actor in the place of one that died."""
+        ray.kill(self.actors[i])  # what hangs is not dead yet
+        self.actors[i] = self._start(i)
+
+    def guard(self, faults: Faults) -> None:
+        """Note deaths of actors that Ray starts anew by itself."""
+        for i in range(len(self.actors)):
+            self.watch(i, functools.partial(self._died, i, faults))
+
+    def _died(self, i: int, faults: Faults, error: Exception) -> None:
+        name, actor = f"{self.role} {i}", self.actors[i]
+        try:
+            faults.died(self.role, name, cause_of_death(error))
+        except WorkerFailed as too_often:
+            faults.announce(str(too_often))
+            ray.kill(actor)  # whoever waits for it gets the error
+            return
+        # Answered by the process that Ray has started in its place.
+        actor.ready.remote().future().add_done_callback(
+            lambda answer: faults.works_again(name) if answer.exception() is None else None
+        )
+        self.watch(i, functools.partial(self._died, i, faults))
+
+    def watch(self, i: int, died: Callable[[Exception], None]) -> None:
+        """Call ``died`` when the process of actor ``i`` is gone, in a thread of Ray's."""
+
+        def ended(future: Any) -> None:
+            if not self._released:
+                died(future.exception())
+
+        self.actors[i].lifetime.remote().future().add_done_callback(ended)
+
     def spans(self) -> list[Span]:
         """The trace of all actors since the last call."""
         return [s for part in wait_for([a.spans.remote() for a in self.actors], f"{self.role}, trace") for s in part]
 
     def release(self) -> None:
         """Kill the actors and give their resources back."""
+        self._released = True
         for actor in self.actors:
             ray.kill(actor)
         if self.placement is not None:
@@ -137,6 +191,10 @@ class Startable(Protocol):
     """What a run starts, traces and ends: groups of actors, and what holds one."""
 
     def wait_ready(self) -> Any: ...
+
+    def guard(self, faults: Faults) -> None:
+        """From here on processes may die: note it, and do what can be done."""
+        ...
 
     def spans(self) -> list[Span]: ...
 
@@ -151,6 +209,9 @@ class Holder:
 
     def wait_ready(self) -> Any:
         return self._held.wait_ready()
+
+    def guard(self, faults: Faults) -> None:
+        self._held.guard(faults)
 
     def spans(self) -> list[Span]:
         return self._held.spans()

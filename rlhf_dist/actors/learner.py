@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import pyarrow as pa
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import join_columns
+from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_worker import LearnerSpec, LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, Weights
-from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.actors.waiting import cause_of_death, wait_for
 from rlhf_dist.observability.trace import Span
 
 
@@ -38,6 +40,8 @@ class LearnerGroup:
             seconds=seconds,
         )
         self.ranks = self.group.actors
+        self.died: dict[int, str] = {}
+        """Ranks whose process is gone, and why."""
         self._setup: list[ObjectRef] = []
         self._frozen: list[ObjectRef] | None = None
 
@@ -99,6 +103,14 @@ class LearnerGroup:
 
     def export(self, folder: str, tokenizer_dir: str) -> None:
         wait_for([r.export.remote(folder, tokenizer_dir) for r in self.ranks], f"{self.role}, exporting to {folder}")
+
+    def guard(self, faults: Faults) -> None:
+        """Remember which rank died; the group cannot go on without it, and whoever waits for it gets an error."""
+        for i in range(len(self.ranks)):
+            self.group.watch(i, functools.partial(self._died, i))
+
+    def _died(self, rank: int, error: Exception) -> None:
+        self.died[rank] = cause_of_death(error)
 
     def spans(self) -> list[Span]:
         return self.group.spans()

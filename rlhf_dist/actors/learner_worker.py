@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 
 from rlhf_dist import checkpoint
-from rlhf_dist.actors.group import Worker
+from rlhf_dist.actors.group import WATCH, Worker
 from rlhf_dist.actors.transport import GeneratorClient
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.experience import take
@@ -71,7 +71,7 @@ class LearnerSpec:
     """Where to go on; default: from ``model_path``."""
 
 
-@ray.remote(concurrency_groups={"files": 1})  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
+@ray.remote(concurrency_groups=WATCH | {"files": 1})  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class LearnerWorker(Worker):
     """One rank. Calls are collective: the driver sends every call to every rank, in the same order."""
 

@@ -65,6 +65,10 @@ class Outbox:
         if lane.tokens >= self.chunk_tokens or not lane.unfinished[wave]:
             self._send(sample.lane)
 
+    def drop(self, number: int) -> None:
+        """Forget a lane; chunks that are ready are sent all the same."""
+        self._lanes.pop(number, None)
+
     def poll(self) -> None:
         """Send what has waited long enough; the engine's thread calls it after every step."""
         if self.seconds is None:

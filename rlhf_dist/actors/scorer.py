@@ -11,14 +11,14 @@ import pyarrow as pa
 import ray
 from ray import ObjectRef
 
-from rlhf_dist.actors.group import Group, Holder, Resources, Worker
+from rlhf_dist.actors.group import WATCH, Group, Holder, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.rewards import FunctionProcess, Texts, checked, post
 from rlhf_dist.actors.rollouts import Columns, Stages
 from rlhf_dist.config import ModelConfig, RewardComponent
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCH)  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class Reference(Worker):
     """A replica of the frozen initial policy."""
 
@@ -40,7 +40,7 @@ class Reference(Worker):
         return column.table("ref_logprobs")
 
 
-@ray.remote
+@ray.remote(concurrency_groups=WATCH)  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
 class Scorer(Worker):
     """A replica of the reward (or of the evaluation's metrics): every component on every sample."""
 
@@ -184,5 +184,7 @@ def scorer_group(
 ) -> ScorerGroup:
     """Start ``replicas`` scorers of ``components``."""
     arguments = (role, list(components), model, tokenizer_dir, max_tokens, pad_id)
-    group = Group(role, Scorer, replicas, resources, lambda _: arguments, strategy=strategy, seconds=seconds)
+    group = Group(
+        role, Scorer, replicas, resources, lambda _: arguments, strategy=strategy, seconds=seconds, ray_restarts=True
+    )
     return ScorerGroup(role, group)

@@ -54,7 +54,9 @@ class RolloutStream:
             self.order.load_state_dict(state["order"])
             self._again = self.ledger.load_state_dict(state["ledger"])
             self._rows = {int(group): row for group, row in state["rows"].items()}
-        self._lane = generators.open(Lane(prompts, n_samples_per_prompt, greedy, self._arrived, self._failed))
+        self._lane = generators.open(
+            Lane(prompts, n_samples_per_prompt, greedy, self._arrived, self._failed, self.ledger.lost)
+        )
 
     def apply(self, stage: str, submit: Submit) -> Columns:
         """Run ``submit`` for every chunk the moment it arrives, whichever batch it will be trained in.

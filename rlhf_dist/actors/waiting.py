@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 import ray
 from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
     OutOfMemoryError,
+    RayActorError,
     RayError,
     RayTaskError,
+    WorkerCrashedError,
 )
+
+#: What Ray raises when a process, a node or what it held is gone.
+DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError, NodeDiedError, LocalRayletDiedError)
+#: Seconds in which the death of one rank shows after another has failed for want of it.
+SETTLING = 10.0
 
 
 class WorkerFailed(RuntimeError):
     """A process of the run failed; the message says which one, doing what, and why."""
+
+
+class WorkerDied(WorkerFailed):
+    """A process, or what it held, is gone. What it did can be done again."""
 
 
 class WaitLimitExceeded(WorkerFailed):
@@ -48,15 +61,31 @@ def wait_for(refs: Any, what: str, seconds: float | None = None) -> Any:
             f"the driver waited {waited:.0f} s for {what}; the limit is {seconds:.0f} s (run.wait_limit)"
         ) from None
     except RayError as error:
-        raise explained(error, what) from None
+        raise _gravest(error, refs if isinstance(refs, list) else [refs], what) from None
+
+
+def _gravest(error: RayError, refs: list[Any], what: str) -> Exception:
+    """What made ``refs`` fail: when one of several ranks dies, others fail as well, and may be heard first."""
+    first = explained(error, what)
+    if not isinstance(first, WorkerFailed) or isinstance(first, WorkerDied) or len(refs) == 1:
+        return first
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=SETTLING, fetch_local=False)
+    for ref in ready:
+        try:
+            ray.get(ref)
+        except RayError as other:
+            found = explained(other, what)
+            if isinstance(found, WorkerDied):
+                return found
+    return first
 
 
 def explained(error: Exception, what: str) -> Exception:
     """``error`` of a call to another process, in our words: who, doing what, why."""
     if isinstance(error, RayTaskError):
         return from_task_error(error, what)
-    if isinstance(error, (ActorDiedError, ActorUnavailableError, OutOfMemoryError)):
-        return WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}")
+    if isinstance(error, DEATHS):
+        return WorkerDied(f"{what}: {cause_of_death(error)}")
     if isinstance(error, RayError):
         return WorkerFailed(f"{what}: {type(error).__name__}: {_first_lines(str(error))}")
     return error
@@ -65,8 +94,8 @@ def explained(error: Exception, what: str) -> Exception:
 def from_task_error(error: RayTaskError, what: str) -> Exception:
     """The exception that the worker raised, with its traceback (``str`` of Ray's wrapping) as a note."""
     cause = error.cause
-    if isinstance(cause, RayTaskError):  # a failed dependency: the origin is inside
-        return from_task_error(cause, what)
+    if isinstance(cause, RayError):  # a failed dependency: the origin is inside
+        return explained(cause, what)
     # Not type(cause): subclasses such as JSONDecodeError take other arguments than a message.
     if isinstance(cause, ValueError):
         exception: Exception = ValueError(f"{what}: {cause}")
@@ -76,6 +105,18 @@ def from_task_error(error: RayTaskError, what: str) -> Exception:
         exception = WorkerFailed(f"{what}: {type(cause).__name__}: {cause}")
     exception.add_note(str(error))
     return exception
+
+
+def cause_of_death(error: Exception) -> str:
+    """What Ray knows of it; the signal that killed a process it does not know."""
+    if isinstance(error, OutOfMemoryError):
+        return f"out of memory. {_first_lines(str(error))}"
+    if isinstance(error, ObjectLostError):
+        return f"what it held is lost. {_first_lines(str(error), 2)}"
+    if isinstance(error, NodeDiedError) or ("node" in str(error).lower() and "died" in str(error).lower()):
+        return f"its node died. {_first_lines(str(error), 2)}"
+    detail = re.search(r"Worker exit type: (\w+)", str(error))
+    return f"the process died (Ray: {detail[1] if detail else type(error).__name__})"
 
 
 def _first_lines(text: str, n: int = 6) -> str:

@@ -37,6 +37,8 @@ class RunConfig(Section):
     """Port of the metrics endpoint on the driver; 0 turns it off."""
     prometheus_host: str = "127.0.0.1"
     """Address that the metrics endpoint listens on."""
+    max_restarts: int = Field(10, ge=0)
+    """How often processes of one role may be started anew within an hour after they died; then the run fails."""
     wait_limit: PositiveFloat = 1800
     """Seconds that the driver waits for any one answer of another process before the run fails."""
     startup_limit: PositiveFloat = 600

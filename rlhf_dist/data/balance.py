@@ -8,7 +8,7 @@ its long responses sooner takes the next group, whoever was meant to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -37,6 +37,8 @@ class Balancer(Generic[Key]):
         self.capacity = capacity
         self.waiting: deque[tuple[Key, Load]] = deque()
         self.held: list[dict[Key, Load]] = [{} for _ in range(generators)]
+        self.open = [True] * generators
+        """Whether a generator takes work."""
         self.sequences = [0] * generators
         self.tokens = [0.0] * generators
         """Expected, outstanding at each generator."""
@@ -49,7 +51,9 @@ class Balancer(Generic[Key]):
         given: dict[int, list[Key]] = {}
         while self.waiting:
             # Not "room for the whole group": a group larger than the capacity must go somewhere too.
-            room = [i for i, n in enumerate(self.sequences) if self.capacity is None or n < self.capacity]
+            room = [
+                i for i, n in enumerate(self.sequences) if self.open[i] and (self.capacity is None or n < self.capacity)
+            ]
             if not room:
                 break
             place = min(room, key=lambda i: self.tokens[i])
@@ -65,12 +69,25 @@ class Balancer(Generic[Key]):
         self.tokens[generator] -= load.tokens
 
     def lost(self, generator: int) -> list[Key]:
-        """The groups of a generator that died; they wait again, before all others."""
+        """The groups of a generator that died; they wait again, before all others, for one that takes work."""
+        self.open[generator] = False
         groups = list(self.held[generator].items())
         self.waiting.extendleft(reversed(groups))
         self.held[generator] = {}
         self.sequences[generator], self.tokens[generator] = 0, 0.0
         return [group for group, _ in groups]
+
+    def joined(self, generator: int) -> None:
+        """A generator that was lost takes work again."""
+        self.open[generator] = True
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Groups that nobody wants any more, wherever they are."""
+        gone = set(keys)
+        self.waiting = deque((key, load) for key, load in self.waiting if key not in gone)
+        for generator, held in enumerate(self.held):
+            for key in gone & held.keys():
+                self.finished(generator, key)
 
     def _hold(self, generator: int, group: Key, load: Load) -> None:
         self.held[generator][group] = load

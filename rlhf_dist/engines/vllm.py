@@ -227,6 +227,14 @@ class GeneratorEngine:
         """
         self._queue.append(_Pending(lane, prompt_id, group_id, sample_index, prompt_ids, seed, version))
 
+    def drop(self, lane: int) -> None:
+        """Forget the samples of a lane, those that wait and those that are under way."""
+        self._queue = deque(p for p in self._queue if p.lane != lane)
+        gone = [request for request, pending in self._pending.items() if pending.lane == lane]
+        self.engine.abort_request(gone)
+        for request in gone:
+            del self._pending[request]
+
     def _can_begin(self) -> bool:
         ready = self._queue and self._queue[0].version <= self.version
         return bool(ready) and self._verified and self.running < self.max_num_seqs

@@ -147,6 +147,7 @@ def reference(run: Run, model_path: str) -> ReferenceGroup | ShardedReference:
             lambda _: arguments,
             strategy=cfg.cluster.placement,
             seconds=cfg.run.startup_limit,
+            ray_restarts=True,
         )
     )
 

@@ -14,15 +14,20 @@ Every name below holds references: the driver reads no tokens and no tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import numpy as np
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
+from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
+from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch
+from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.stream import RolloutStream
-from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.actors.waiting import WorkerDied, wait_for
 from rlhf_dist.algorithms.kl import kl_controller
 from rlhf_dist.data.experience import ScoreScale
 from rlhf_dist.data.prompts import PromptOrder, minibatches
@@ -34,36 +39,61 @@ from rlhf_dist.recipes.saving import Saver, TrainState
 from rlhf_dist.run import Run
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The groups of processes beside the learners. They keep no state of the training, and outlive a learner."""
+
+    generators: GeneratorGroup
+    reward: ScorerGroup | ShardedReward
+    reference: ReferenceGroup | ShardedReference | None
+    experience: ExperienceGroup
+    metrics: ScorerGroup | None
+
+
 def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     """Train the policy in ``model_path``; returns the folder of the result, ``policy/`` in the run folder.
 
-    Goes on from the newest checkpoint of the run, if there is one.
+    Goes on from the newest checkpoint of the run, if there is one; also when a learner dies on the way.
+    """
+    saver = Saver(run)
+    workers = None
+    while True:
+        saved = saver.newest()
+        critic_path = run.cfg.critic.path or reward_model_path or model_path
+        policy, critic = groups.policy_and_critic(run, model_path, critic_path, saved)
+        workers = workers or Workers(
+            generators=groups.generators(run, model_path, from_learner=True),
+            reward=groups.reward(run, reward_model_path),
+            reference=groups.reference(run, model_path) if run.cfg.uses_reference else None,
+            experience=groups.experience(run),
+            metrics=groups.evaluation_metrics(run),
+        )
+        try:
+            run.start(**{f.name: getattr(workers, f.name) for f in fields(workers)}, policy=policy, critic=critic)
+            train(run, saver, TrainState.of(saved), workers, policy, critic)
+        except WorkerDied as error:
+            saver.wait()
+            run.give_up([policy, critic] if critic else [policy], error)
+            workers.generators.reset()
+            continue
+        run.finish_stage()
+        return run.path("policy")
+
+
+def train(
+    run: Run, saver: Saver, state: TrainState, workers: Workers, policy: LearnerGroup, critic: LearnerGroup | None
+) -> None:
+    """From ``state`` to the exported policy.
+
+    Raises:
+        WorkerDied: what died took a part of the training with it, which has to go on from a checkpoint.
     """
     cfg = run.cfg
-    saver = Saver(run)
-    saved = saver.newest()
-    policy, critic = groups.policy_and_critic(
-        run, model_path, cfg.critic.path or reward_model_path or model_path, saved
-    )
-    generators = groups.generators(run, model_path, from_learner=True)
-    reward = groups.reward(run, reward_model_path)
-    reference = groups.reference(run, model_path) if cfg.uses_reference else None
-    experience = groups.experience(run)
-    metrics = groups.evaluation_metrics(run)
+    generators, reward, reference = workers.generators, workers.reward, workers.reference
+    experience, metrics = workers.experience, workers.metrics
     pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
-    run.start(
-        generator=generators,
-        policy=policy,
-        critic=critic,
-        reward=reward,
-        reference=reference,
-        experience=experience,
-        metrics=metrics,
-    )
-
     prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
     run.note_rows("prompts", report)
-    state = TrainState.of(saved)
     ledger = TrainedLedger(run.path("ledger.jsonl"))
     stream = RolloutStream(
         generators,
@@ -80,6 +110,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     scores = reward.score(stream, prompts)  # of every chunk, the moment it is generated
     ref = reference.logprobs(stream) if reference else None
     log_syncs(run, stream.publish(policy.weights(stream.version)))
+    run.faults.works_again()
     evaluate = Evaluator(run, generators, experience, reward, reference, metrics)
     before = state.before or evaluate("sft", step=0)
     scale = ScoreScale(before["metrics"]["reward"], before["std"]["reward"]) if cfg.reward.normalize else ScoreScale()
@@ -130,8 +161,6 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     saver.wait()
     experience.flush()
     run.collect_spans()
-    run.finish_stage()
-    return run.path("policy")
 
 
 def replace_groups_without_spread(

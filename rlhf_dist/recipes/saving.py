@@ -77,6 +77,7 @@ class Saver:
     def save(self, state: TrainState, learners: list[LearnerGroup], score: float | None) -> None:
         """Begin to save; the learners go on when they have copied their state to memory."""
         self.wait()
+        self.run.write_summary()
         folder = f"{self.root}/step_{state.step:06d}"
         saves = [learner.save(folder, self.run.tokenizer_dir) for learner in learners]
         sharded = {g.role: {"ranks": g.spec.learner.ranks, "zero_stage": g.spec.learner.zero_stage} for g in learners}
