@@ -22,13 +22,13 @@ from typing import Any
 import ray
 
 from rlhf_dist import checkpoint, planner
+from rlhf_dist.actors import diagnosis, waiting
 from rlhf_dist.actors import group as actor_group
-from rlhf_dist.actors import waiting
 from rlhf_dist.actors.data import prepare_model
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Startable
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.waiting import SETTLING, WorkerDied
+from rlhf_dist.actors.waiting import SETTLING, WaitLimitExceeded, WorkerFailed
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import dump
 from rlhf_dist.observability.logs import quiet_libraries
@@ -66,6 +66,7 @@ class Run:
         self.stop_requested: str | None = None
         """The signal that asks a run which can save to stop after its step."""
         self._can_save = False
+        self._diagnosed = False
         self.samples: list[dict[str, Any]] = []
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self._groups: list[Startable] = []
@@ -91,6 +92,7 @@ class Run:
         # A second signal must not stop the clean-up half-way.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
+        self.faults.closed = True
         handled = error is None or self._explain(error)
         self.summary.set("steps", self.steps_done)
         # The files come first: when the whole process group was signalled, Ray is dying too, and may not answer.
@@ -153,6 +155,8 @@ class Run:
             return True
         with open(self.path("logs", "driver.log"), "a") as log:
             log.write("".join(traceback.format_exception(error)))
+        if isinstance(error, waiting.WaitLimitExceeded) and not self._diagnosed:
+            self.diagnose()
         expected = isinstance(error, (ValueError, FloatingPointError, waiting.WorkerFailed))
         self.exit_code = 2 if isinstance(error, ValueError) else 1
         self.summary.finish("failed", f"{type(error).__name__}: {error}")
@@ -244,12 +248,26 @@ class Run:
                     raise error
                 starting.ready(name)
 
-    def give_up(self, learners: Sequence[LearnerGroup], error: WorkerDied) -> None:
-        """End learners of which a rank died, or whose work was lost; they cannot go on from where they are.
+    def diagnose(self) -> list[diagnosis.Finding]:
+        """Print where every process stands, those first that do not answer."""
+        self._diagnosed = True
+        findings = diagnosis.diagnose([process for group in self._groups for process in group.processes()])
+        for finding in findings:
+            self.terminal.info(str(finding))
+        return findings
+
+    def give_up(self, learners: Sequence[LearnerGroup], error: WorkerFailed) -> None:
+        """End learners of which a rank died or hangs, or whose work was lost; they cannot go on from where they are.
 
         Raises:
-            WorkerFailed: that happened too often.
+            WorkerFailed: that happened too often, or something hangs that cannot be started anew.
         """
+        if isinstance(error, WaitLimitExceeded):
+            self.terminal.warn(str(error))
+            hanging = [finding for finding in self.diagnose() if not finding.answers]
+            if self.cfg.run.on_hang == "fail" or not hanging:
+                raise error
+            diagnosis.kill(hanging)
         time.sleep(SETTLING if not any(g.died for g in learners) else 0)  # the news of a death may be on its way
         dead = [(g.role, rank, cause) for g in learners for rank, cause in g.died.items()]
         pauses = [self.faults.died(role, f"{role} {rank}", cause) for role, rank, cause in dead]

@@ -225,7 +225,8 @@ class GeneratorGroup(Holder):
     def _died(self, generator: int, actor: ActorHandle, error: Exception) -> None:
         """Give its unfinished groups to the others, and start another one in its place."""
         with self.changed:
-            if generator not in self._live or self.actors[generator] is not actor:
+            ended = self._faults is None or self._faults.closed
+            if ended or generator not in self._live or self.actors[generator] is not actor:
                 return
             self._live.remove(generator)
             by_lane: dict[int, list[int]] = {}

@@ -44,6 +44,8 @@ class Faults:
         self.announce = announce
         self.path = Path(path)
         self.faults: list[Fault] = []
+        self.closed = False
+        """The run is ending: processes die because they shall."""
         self._restarts: dict[str, deque[float]] = {}
         self._lock = threading.Lock()
 

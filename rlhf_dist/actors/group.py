@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_dist.actors.diagnosis import Place
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.waiting import WorkerFailed, cause_of_death, wait_for
 from rlhf_dist.observability.logs import redirect_output
@@ -43,14 +45,22 @@ class Worker:
         """What this process did since the last call."""
         return self.trace.drain()
 
+    def place(self) -> Place:
+        """Where this process is, and what it writes to."""
+        return Place(os.getpid(), ray.get_runtime_context().get_node_id(), os.environ.get(_LOG_VARIABLE))
+
+    @ray.method(concurrency_group="watch", max_task_retries=0)
+    def ping(self) -> None:
+        """Answers whatever the process computes, as long as Python gets its turn."""
+
     @ray.method(concurrency_group="watch", max_task_retries=0)
     def lifetime(self) -> None:
         """Never returns: the call fails when the process dies."""
         threading.Event().wait()
 
 
-#: Every actor class needs this group of threads, for :meth:`Worker.lifetime`.
-WATCH = {"watch": 1}
+#: Every actor class needs this group of threads, for :meth:`Worker.lifetime` and :meth:`Worker.ping`.
+WATCH = {"watch": 2}
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class Group:
             ).remote(*make_args(i))
 
         self._start = start
+        self._places: dict[int, ObjectRef] = {}
         self.actors: list[ActorHandle] = [start(i) for i in range(count)]
 
     def _bundle(self, i: int) -> PlacementGroupSchedulingStrategy | str:
@@ -140,6 +151,14 @@ class Group:
     def wait_ready(self) -> list[Any]:
         """Block until every actor is up; returns what their ``ready`` returned."""
         return wait_for([a.ready.remote() for a in self.actors], f"start of {self.role}", self.seconds)
+
+    def processes(self) -> list[tuple[str, ActorHandle, Place]]:
+        """Name, handle and place of every actor that has begun its work."""
+        found = []
+        for i, ref in self._places.items():
+            if ray.wait([ref], timeout=0)[0]:
+                found.append((f"{self.role} {i}", self.actors[i], ray.get(ref)))
+        return found
 
     def restart(self, i: int) -> None:
         """A new actor in the place of one that died."""
@@ -152,6 +171,8 @@ class Group:
             self.watch(i, functools.partial(self._died, i, faults))
 
     def _died(self, i: int, faults: Faults, error: Exception) -> None:
+        if faults.closed:
+            return
         name, actor = f"{self.role} {i}", self.actors[i]
         try:
             faults.died(self.role, name, cause_of_death(error))
@@ -167,6 +188,9 @@ class Group:
 
     def watch(self, i: int, died: Callable[[Exception], None]) -> None:
         """Call ``died`` when the process of actor ``i`` is gone, in a thread of Ray's."""
+
+        # Asked for beforehand: a process that hangs cannot say where it is.
+        self._places[i] = self.actors[i].place.remote()
 
         def ended(future: Any) -> None:
             if not self._released:
@@ -196,6 +220,8 @@ class Startable(Protocol):
         """From here on processes may die: note it, and do what can be done."""
         ...
 
+    def processes(self) -> list[tuple[str, ActorHandle, Place]]: ...
+
     def spans(self) -> list[Span]: ...
 
     def release(self) -> None: ...
@@ -212,6 +238,9 @@ class Holder:
 
     def guard(self, faults: Faults) -> None:
         self._held.guard(faults)
+
+    def processes(self) -> list[tuple[str, ActorHandle, Place]]:
+        return self._held.processes()
 
     def spans(self) -> list[Span]:
         return self._held.spans()

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from rlhf_dist.actors.data import join_columns
+from rlhf_dist.actors.diagnosis import Place
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_worker import LearnerSpec, LearnerWorker
@@ -108,6 +110,9 @@ class LearnerGroup:
         """Remember which rank died; the group cannot go on without it, and whoever waits for it gets an error."""
         for i in range(len(self.ranks)):
             self.group.watch(i, functools.partial(self._died, i))
+
+    def processes(self) -> list[tuple[str, ActorHandle, Place]]:
+        return self.group.processes()
 
     def _died(self, rank: int, error: Exception) -> None:
         self.died[rank] = cause_of_death(error)

@@ -40,7 +40,10 @@ class RunConfig(Section):
     max_restarts: int = Field(10, ge=0)
     """How often processes of one role may be started anew within an hour after they died; then the run fails."""
     wait_limit: PositiveFloat = 1800
-    """Seconds that the driver waits for any one answer of another process before the run fails."""
+    """Seconds that the driver waits for any one answer of another process; then see ``on_hang``."""
+    on_hang: Literal["fail", "restart"] = "restart"
+    """When a wait passes its limit. restart: processes that do not answer are killed, and started anew as if they had
+    died. fail: the run ends. Either way it says who waited for what, and where every process stands."""
     startup_limit: PositiveFloat = 600
     """Seconds until every process of a group must be up."""
 

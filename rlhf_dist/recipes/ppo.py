@@ -27,7 +27,7 @@ from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.stream import RolloutStream
-from rlhf_dist.actors.waiting import WorkerDied, wait_for
+from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, wait_for
 from rlhf_dist.algorithms.kl import kl_controller
 from rlhf_dist.data.experience import ScoreScale
 from rlhf_dist.data.prompts import PromptOrder, minibatches
@@ -71,7 +71,7 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
         try:
             run.start(**{f.name: getattr(workers, f.name) for f in fields(workers)}, policy=policy, critic=critic)
             train(run, saver, TrainState.of(saved), workers, policy, critic)
-        except WorkerDied as error:
+        except (WorkerDied, WaitLimitExceeded) as error:
             saver.wait()
             run.give_up([policy, critic] if critic else [policy], error)
             workers.generators.reset()
