@@ -25,7 +25,7 @@ from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Holder
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.transport import Weights
-from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, cause_of_death, explained, wait_for
+from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, WorkerFailed, cause_of_death, explained, wait_for
 from rlhf_dist.data.balance import Balancer, Load
 
 
@@ -229,6 +229,14 @@ class GeneratorGroup(Holder):
             if ended or generator not in self._live or self.actors[generator] is not actor:
                 return
             self._live.remove(generator)
+            if self._newest is not None and not self._newest.can_be_late:
+                self._fail(
+                    WorkerFailed(
+                        f"generator {generator}: {cause_of_death(error)}; this weight_sync.transport cannot take in another "
+                        "one, object_store can"
+                    )
+                )
+                return
             by_lane: dict[int, list[int]] = {}
             for number, group in self._balancer.lost(generator):
                 by_lane.setdefault(number, []).append(group)

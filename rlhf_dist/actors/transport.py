@@ -25,6 +25,11 @@ class Weights(Protocol):
     @property
     def version(self) -> int: ...
 
+    @property
+    def can_be_late(self) -> bool:
+        """Whether a generator that was started after the publication can still load them."""
+        ...
+
     def deliver(self, generators: Sequence[ActorHandle]) -> list[ObjectRef]:
         """Have every generator load this version; returns at once, a reference to each generator's record."""
 
@@ -38,6 +43,7 @@ class PulledWeights:
     """The shards of each rank."""
     canaries: list[ObjectRef]
     """From rank 0 the canary, from the others None."""
+    can_be_late: bool = True
 
     @classmethod
     def publish(cls, version: int, ranks: Sequence[ActorHandle], frozen: Sequence[ObjectRef]) -> PulledWeights:
@@ -54,6 +60,7 @@ class PushedWeights:
 
     version: int
     ranks: Sequence[ActorHandle]
+    can_be_late: bool = False  # nccl and ipc know the generators that were there at the start
 
     @classmethod
     def publish(cls, version: int, ranks: Sequence[ActorHandle], frozen: Sequence[ObjectRef]) -> PushedWeights:
