@@ -232,8 +232,8 @@ class GeneratorGroup(Holder):
             if self._newest is not None and not self._newest.can_be_late:
                 self._fail(
                     WorkerFailed(
-                        f"generator {generator}: {cause_of_death(error)}; this weight_sync.transport cannot take in another "
-                        "one, object_store can"
+                        f"generator {generator}: {cause_of_death(error)}; this weight_sync.transport cannot take in "
+                        "another one, object_store can"
                     )
                 )
                 return
