@@ -55,6 +55,10 @@ def explained(error: Exception, what: str) -> Exception:
     """``error`` of a call to another process, in our words: who, doing what, why."""
     if isinstance(error, RayTaskError):
         return from_task_error(error, what)
+    if isinstance(error, ActorDiedError) and (mistake := _mistake_at_start(str(error))):
+        exception = ValueError(f"{what}: {mistake}")
+        exception.add_note(str(error))
+        return exception
     if isinstance(error, (ActorDiedError, ActorUnavailableError, OutOfMemoryError)):
         return WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}")
     if isinstance(error, RayError):
@@ -76,6 +80,12 @@ def from_task_error(error: RayTaskError, what: str) -> Exception:
         exception = WorkerFailed(f"{what}: {type(cause).__name__}: {cause}")
     exception.add_note(str(error))
     return exception
+
+
+def _mistake_at_start(text: str) -> str:
+    """The message of the ValueError that a constructor raised: Ray passes on its traceback alone, as text."""
+    _, _, message = text.rpartition("\nValueError: ")
+    return "" if "\n  File " in message else message.strip()
 
 
 def _first_lines(text: str, n: int = 6) -> str:
