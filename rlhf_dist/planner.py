@@ -180,7 +180,8 @@ def _generator(cfg: Config) -> tuple[str, int, float, float, str]:
 
 def _component(cfg: Config, i: int) -> str:
     c = cfg.reward.components[i]
-    return f"{c.weight:g} * {c.model or c.function or c.url}" if c.weight != 1 else str(c.model or c.function or c.url)
+    source = c.model or c.function or c.place
+    return f"{c.weight:g} * {source}" if c.weight != 1 else source
 
 
 def _threads(role: Role) -> int:

@@ -79,6 +79,9 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "returns": _floats,
 }
 
+#: Stage columns that may hold nulls until the batch is complete: samples whose reward was given up.
+NULLABLE = ("score",)
+
 #: What the learners read in ``update``; with a critic also ``values`` and ``returns``.
 EXPERIENCE = pa.schema(
     [
@@ -142,15 +145,18 @@ def with_columns(table: pa.Table, columns: pa.Table, where: str) -> pa.Table:
     """``table`` with the columns of ``columns`` added; both have the same rows in the same order. No copy.
 
     Raises:
-        ValueError: if the row counts differ, a column exists already, or has the wrong type.
+        ValueError: if the row counts differ, a column exists already, has the wrong type, or nulls where none may be.
     """
     if columns.num_rows != table.num_rows:
         raise ValueError(f"{where}: got {columns.num_rows} rows for a table of {table.num_rows}")
     for field in columns.schema:
         if field.name in table.column_names:
             raise ValueError(f"{where}: column {field.name!r} exists already")
-        expected = STAGE_COLUMNS.get(field.name.split("/")[0])
+        kind = field.name.split("/")[0]
+        expected = STAGE_COLUMNS.get(kind)
         if expected is not None and field.type != expected:
             raise ValueError(f"{where}: column {field.name!r} has type {field.type}, expected {expected}")
+        if kind not in NULLABLE and columns[field.name].null_count:
+            raise ValueError(f"{where}: column {field.name!r} has {columns[field.name].null_count} null values")
         table = table.append_column(field, columns[field.name])
     return table

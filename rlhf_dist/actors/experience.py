@@ -27,6 +27,7 @@ from rlhf_dist.data.experience import (
     ScoreScale,
     ages,
     estimate_advantages,
+    groups_without_reward,
     groups_without_spread,
     join_batch,
 )
@@ -88,9 +89,10 @@ class Experience(Worker):
 
         return summarize(join_batch(fetch(parts)), prompts, self.tokenizer, group_by, n_samples)
 
-    def without_spread(self, parts: list[Part]) -> list[int]:
-        """Groups whose scores are all equal; the only stage of ``parts`` is the reward."""
-        return groups_without_spread(join_batch(fetch(parts), ["group_id", "sample_index"]))
+    def unfit(self, parts: list[Part]) -> tuple[list[int], list[int]]:
+        """Groups without a reward, and groups whose scores are all equal; the only stage of ``parts`` is the reward."""
+        table = join_batch(fetch(parts), ["group_id", "sample_index"])
+        return groups_without_reward(table), groups_without_spread(table)
 
     def _write(self, step: int, table: pa.Table) -> None:
         """rollouts/step_N.parquet, with the texts; written beside the next step."""
@@ -159,11 +161,13 @@ class ExperienceGroup(Holder):
         parts = references(rollouts, columns)
         return tuple(build.remote(step, version, parts, rollouts.left_out, scale, kl_coef))
 
-    def without_spread(self, rollouts: RolloutBatch, scores: Columns) -> list[int]:
-        """Groups of a complete batch whose scores are all equal, those left out already not among them."""
+    def unfit(self, rollouts: RolloutBatch, scores: Columns) -> tuple[list[int], list[int]]:
+        """Groups of a complete batch in which a sample has no reward, and those whose scores are all equal; without
+        those left out already."""
         parts = references(rollouts, [scores])
-        found = wait_for(self.actor.without_spread.remote(parts), "experience, comparing scores")
-        return [group for group in found if group not in rollouts.left_out]
+        found = wait_for(self.actor.unfit.remote(parts), "experience, comparing scores")
+        without_reward, equal = ([g for g in groups if g not in rollouts.left_out] for groups in found)
+        return without_reward, equal
 
     def summarize(
         self, rollouts: RolloutBatch, columns: Sequence[Columns], prompts: ObjectRef, group_by: str | None, n: int

@@ -1,17 +1,17 @@
-"""Components of the reward that are no models: Python functions, HTTP endpoints, and the check of what they return."""
+"""Components of the reward that are no models: what they see, what they may return, and Python functions."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from rlhf_dist.config import RewardComponent
 from rlhf_dist.config.base import load_function
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Texts:
@@ -19,18 +19,66 @@ class Texts:
 
     def __init__(self, chunk: pa.Table, prompts: pa.Table, tokenizer: Any) -> None:
         rows = chunk["prompt_id"].to_numpy()
+        self.prompt_ids: list[int] = rows.tolist()
+        self.group_ids: list[int] = chunk["group_id"].to_pylist()
         picked = prompts.select(["prompt", "fields"]).take(rows)
         self.prompts: list[str] = picked["prompt"].to_pylist()
         self.fields: list[dict[str, Any]] = [json.loads(f) for f in picked["fields"].to_pylist()]
         self.responses: list[str] = tokenizer.batch_decode(chunk["response_ids"].to_pylist(), skip_special_tokens=True)
 
 
-def checked(scores: Any, name: str, texts: Texts) -> np.ndarray:
+@dataclass(frozen=True)
+class GivenUp:
+    """Samples for which an endpoint gave no score."""
+
+    time: float
+    """Seconds since the epoch."""
+    component: str
+    endpoint: str
+    """Scheme, host and path."""
+    cause: str
+    """No texts, no secrets."""
+    status: int | None
+    """Of the last answer, if there was one."""
+    attempts: int
+    """HTTP requests that held these samples."""
+    seconds: float
+    """Of all attempts, with the pauses between them."""
+    prompt_ids: list[int]
+    """Of each sample."""
+    group_ids: list[int]
+    """Of each sample."""
+    ends_run: bool
+    message: str
+    """Why, for the user; holds the end of a prompt."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """A line of ``given_up.jsonl``."""
+        rounded = {"time": round(self.time, 3), "seconds": round(self.seconds, 3)}
+        return {k: v for k, v in (asdict(self) | rounded).items() if k not in ("ends_run", "message")}
+
+
+def is_score(value: Any) -> bool:
+    """Whether ``value`` is a number that a column of scores can hold: no bool, no NaN, nothing beyond float32."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and bool(abs(value) <= LARGEST)
+
+
+def checked(scores: Any, name: str, texts: Texts, may_lack: bool = False) -> np.ndarray:
+    """``scores`` as float64, one for each sample.
+
+    Args:
+        may_lack: None is allowed, and becomes NaN.
+
+    Raises:
+        ValueError: a wrong number of scores, or one that is not a finite number; shows the sample.
+    """
     values = list(scores)
     if len(values) != len(texts.prompts):
         raise ValueError(f"reward {name!r} returned {len(values)} scores for {len(texts.prompts)} samples")
     for i, value in enumerate(values):
-        if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+        if not is_score(value) and not (may_lack and value is None):
             raise ValueError(
                 f"reward {name!r} returned {value!r} for sample {i}; expected a finite number. "
                 f"Prompt {texts.prompts[i][-80:]!r}, response {texts.responses[i][:80]!r}"
@@ -69,34 +117,3 @@ class FunctionProcess:
             ) from None
         except Exception as error:
             raise ValueError(f"reward {self.name!r}: {self.function} raised {type(error).__name__}: {error}") from error
-
-
-def post(component: RewardComponent, texts: Texts) -> list[Any]:
-    """Scores from an HTTP endpoint; network errors and 5xx answers are tried again, with growing pauses and jitter."""
-    import httpx
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-    def passing(error: BaseException) -> bool:
-        status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
-        return isinstance(error, httpx.TransportError) or (status is not None and status >= 500)
-
-    headers = {k: os.path.expandvars(v) for k, v in component.headers.items()}
-    body = {"prompts": texts.prompts, "responses": texts.responses, "fields": texts.fields}
-    retrying = Retrying(
-        retry=retry_if_exception(passing),
-        stop=stop_after_attempt(component.retries + 1),
-        wait=wait_random_exponential(multiplier=0.2, max=30),
-        reraise=True,
-    )
-    try:
-        for attempt in retrying:
-            with attempt:
-                answer = httpx.post(str(component.url), json=body, headers=headers, timeout=component.timeout)
-                answer.raise_for_status()
-        return list(answer.json()["scores"])
-    except httpx.HTTPError as error:
-        raise ValueError(
-            f"reward {component.name!r}: {component.url} failed: {error or type(error).__name__}"
-        ) from None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'reward {component.name!r}: {component.url} did not answer {{"scores": [...]}}') from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from ray import ObjectRef
 
 from rlhf_dist.actors.group import WATCH, Group, Holder, Resources, Worker
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.rewards import FunctionProcess, Texts, checked, post
-from rlhf_dist.actors.rollouts import Columns, Stages
+from rlhf_dist.actors.rewards import FunctionProcess, GivenUp, Texts, checked
+from rlhf_dist.actors.rollouts import Columns, Slice, Stages
+from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import ModelConfig, RewardComponent
 
 
@@ -57,11 +59,14 @@ class Scorer(Worker):
         from rlhf_dist.data.tokenization import load_tokenizer
 
         self.components = list(components)
+        self.given_up: list[GivenUp] = []
         self.tokenizer = load_tokenizer(tokenizer_dir)
         self.score_with = [self._prepare(c, model, max_tokens, pad_id) for c in self.components]
 
-    def score(self, chunk: pa.Table, prompts: pa.Table, with_sum: bool) -> pa.Table:
+    def score(self, chunk: pa.Table, prompts: pa.Table, with_sum: bool) -> tuple[pa.Table, list[GivenUp]]:
         """``score/NAME`` of every row and their weighted sum ``score``; without the sum ``metric/NAME`` only.
+
+        A score that an endpoint gave up is null, and so is the sum with it; the second result says why.
 
         Raises:
             ValueError: a component returned the wrong number of scores, or one that is not a finite number.
@@ -71,12 +76,14 @@ class Scorer(Worker):
         columns: dict[str, pa.Array] = {}
         for component, score_with in zip(self.components, self.score_with, strict=True):
             with self.trace.span(self.name, component.name):
-                scores = checked(score_with(chunk, texts), component.name, texts)
+                scores = checked(score_with(chunk, texts), component.name, texts, may_lack=component.url is not None)
             total += component.weight * scores
-            columns[f"{'score' if with_sum else 'metric'}/{component.name}"] = pa.array(scores, pa.float32())
+            columns[f"{'score' if with_sum else 'metric'}/{component.name}"] = _nullable(scores)
         if with_sum:
-            columns["score"] = pa.array(total, pa.float32())
-        return pa.table({"row": pa.array(range(chunk.num_rows), pa.int64()), **columns})
+            columns["score"] = _nullable(total)
+        table = pa.table({"row": pa.array(range(chunk.num_rows), pa.int64()), **columns})
+        given_up, self.given_up = self.given_up, []
+        return table, given_up
 
     def _prepare(
         self, component: RewardComponent, model: ModelConfig, max_tokens: int, pad_id: int
@@ -85,7 +92,10 @@ class Scorer(Worker):
             function = FunctionProcess(component.function, component.timeout, component.name)
             return lambda chunk, texts: function(texts)
         if component.url:
-            return lambda chunk, texts: post(component, texts)
+            from rlhf_dist.actors.endpoint import Endpoint
+
+            endpoint = Endpoint(component, lambda given_up: self.given_up.append(given_up))
+            return lambda chunk, texts: endpoint(texts)
         from rlhf_dist import models
 
         assert component.model is not None
@@ -99,6 +109,11 @@ class Scorer(Worker):
             return scores
 
         return score
+
+
+def _nullable(scores: np.ndarray) -> pa.Array:
+    """float32, null for NaN."""
+    return pa.array(scores.astype(np.float32), mask=np.isnan(scores))
 
 
 class _Forward:
@@ -146,15 +161,39 @@ class ShardedReference(Holder):
 
 
 class ScorerGroup(Holder):
-    """Replicas of the reward; chunks go round."""
+    """Replicas of the reward; chunks go round.
 
-    def __init__(self, role: str, group: Group) -> None:
+    Args:
+        gives_up: a component is an endpoint; ask :meth:`given_up` after each batch.
+    """
+
+    def __init__(self, role: str, group: Group, gives_up: bool = False) -> None:
         self.role = role
+        self.gives_up = gives_up
         super().__init__(group)
         self._next = itertools.cycle(group.actors)
+        self._given_up: list[ObjectRef] = []
+        # Chunks are submitted by the generators' threads.
+        self._lock = threading.Lock()
 
     def score(self, batch: Stages, prompts: ObjectRef, with_sum: bool = True) -> Columns:
-        return batch.apply(self.role, lambda s: [next(self._next).score.remote(s.chunk.table, prompts, with_sum)])
+        def submit(part: Slice) -> list[ObjectRef]:
+            score: Any = next(self._next).score.options(num_returns=2)
+            columns, given_up = score.remote(part.chunk.table, prompts, with_sum)
+            if self.gives_up:
+                with self._lock:
+                    self._given_up.append(given_up)
+            return [columns]
+
+        return batch.apply(self.role, submit)
+
+    def given_up(self) -> list[GivenUp]:
+        """What endpoints gave up in the chunks that were scored since the last call; does not wait for others."""
+        with self._lock:
+            if not self._given_up:
+                return []
+            done, self._given_up = ray.wait(self._given_up, num_returns=len(self._given_up), timeout=0)
+        return [given_up for part in wait_for(done, f"{self.role}, scoring") for given_up in part]
 
 
 class ShardedReward(Holder):
@@ -167,6 +206,10 @@ class ShardedReward(Holder):
 
     def score(self, batch: Stages, prompts: ObjectRef) -> Columns:
         return self.learner.scores(batch, f"score/{self.component.name}")
+
+    def given_up(self) -> list[GivenUp]:
+        """Nothing: a model scores everything."""
+        return []
 
 
 def scorer_group(
@@ -187,4 +230,4 @@ def scorer_group(
     group = Group(
         role, Scorer, replicas, resources, lambda _: arguments, strategy=strategy, seconds=seconds, ray_restarts=True
     )
-    return ScorerGroup(role, group)
+    return ScorerGroup(role, group, gives_up=any(c.url for c in components))

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    ActorDiedError,
     GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
@@ -84,6 +85,10 @@ def explained(error: Exception, what: str) -> Exception:
     """``error`` of a call to another process, in our words: who, doing what, why."""
     if isinstance(error, RayTaskError):
         return from_task_error(error, what)
+    if isinstance(error, ActorDiedError) and (mistake := _mistake_at_start(str(error))):
+        exception = ValueError(f"{what}: {mistake}")
+        exception.add_note(str(error))
+        return exception
     if isinstance(error, DEATHS):
         return WorkerDied(f"{what}: {cause_of_death(error)}")
     if isinstance(error, RayError):
@@ -117,6 +122,12 @@ def cause_of_death(error: Exception) -> str:
         return f"its node died. {_first_lines(str(error), 2)}"
     detail = re.search(r"Worker exit type: (\w+)", str(error))
     return f"the process died (Ray: {detail[1] if detail else type(error).__name__})"
+
+
+def _mistake_at_start(text: str) -> str:
+    """The message of the ValueError that a constructor raised: Ray passes on its traceback alone, as text."""
+    _, _, message = text.rpartition("\nValueError: ")
+    return "" if "\n  File " in message else message.strip()
 
 
 def _first_lines(text: str, n: int = 6) -> str:

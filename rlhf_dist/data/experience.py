@@ -81,10 +81,16 @@ def join_batch(parts: Sequence[Joinable], columns: Sequence[str] | None = None) 
     return table.sort_by([("group_id", "ascending"), ("sample_index", "ascending")])
 
 
+def groups_without_reward(table: pa.Table) -> list[int]:
+    """Groups of a table with ``score`` in which a sample, or the greedy response, has none."""
+    return sorted(set(table.filter(pc.is_null(table["score"]))["group_id"].to_pylist()))
+
+
 def groups_without_spread(table: pa.Table) -> list[int]:
-    """Groups of a table with ``score`` whose scores are all equal: what dynamic sampling replaces."""
+    """Groups of a table with ``score`` whose scores are all there and equal: what dynamic sampling replaces."""
     sampled = table.filter(pc.greater(table["sample_index"], schema.GREEDY))
-    spread = sampled.group_by("group_id").aggregate([("score", "min"), ("score", "max")])
+    keep_nulls = pc.ScalarAggregateOptions(skip_nulls=False)
+    spread = sampled.group_by("group_id").aggregate([("score", "min", keep_nulls), ("score", "max", keep_nulls)])
     equal = spread.filter(pc.equal(spread["score_min"], spread["score_max"]))
     return sorted(equal["group_id"].to_pylist())
 
@@ -101,6 +107,9 @@ def estimate_advantages(
 
     In order: shape the scores, take greedy responses out, put the KL into the reward, estimate, whiten, mask what
     was cut off.
+
+    Raises:
+        ValueError: a sample has no score.
     """
     import torch
 
@@ -108,6 +117,11 @@ def estimate_advantages(
     from rlhf_dist.algorithms import advantages as adv
     from rlhf_dist.algorithms.kl import kl_estimate, token_rewards
 
+    if lacking := groups_without_reward(table):
+        raise ValueError(
+            f"experience: column 'score' has {table['score'].null_count} null values, in groups {lacking[:8]}: "
+            "what has no reward cannot be trained"
+        )
     if algo.old_logprobs == "sampler":
         table = table.append_column("old_logprobs", table["rollout_logprobs"])
     shaped = torch.from_numpy(shape_scores(table, reward, scale, max_response_length))

@@ -22,7 +22,8 @@ def summarize(
 
     Args:
         table: ``schema.ROLLOUT``, sorted by group and sample; with ``score``, ``score/NAME`` (components of the
-            reward) and ``metric/NAME`` (other figures) as far as they were computed.
+            reward) and ``metric/NAME`` (other figures) as far as they were computed. A null is a score that was given
+            up; figures are over the others.
         prompts: ``schema.PROMPT``.
         group_by: field of the source rows.
         n_samples: samples per prompt.
@@ -31,14 +32,16 @@ def summarize(
         ``metrics``: mean ``reward`` (the weighted sum) and of every component and figure; ``response_length_mean``,
         ``truncated_rate``, ``distinct_2``; with ``ref_logprobs`` also ``kl`` per sample and ``ref_perplexity``, of the
         samples under the reference. ``std``; ``by_group``; ``best_of_n`` (means over the sample of each prompt that the
-        reward prefers); ``samples``.
+        reward prefers, over the prompts whose samples all have one); ``samples``; ``unscored``: samples without a
+        reward.
     """
+    # Nulls become NaN here.
     scores = {"reward": table["score"].to_numpy()} if "score" in table.column_names else {}
     components = [c for c in table.column_names if c.startswith("score/")]
     # A reward of one component is that component; it need not be said twice.
     for column in [c for c in table.column_names if c.startswith("metric/")] + components * (len(components) > 1):
         scores[column.partition("/")[2]] = table[column].to_numpy()
-    metrics = {name: float(x.mean()) for name, x in scores.items()}
+    metrics = _means(scores)
     metrics["response_length_mean"] = float(Ragged.of(table, "response_ids").lengths.mean())
     metrics["truncated_rate"] = float(
         pc.mean(pc.equal(table["finish_reason"].cast(pa.string()), "length").cast(pa.float64())).as_py()
@@ -52,20 +55,27 @@ def summarize(
     fields = [json.loads(f) for f in prompts["fields"].take(pa.array(rows)).to_pylist()]
     result: dict[str, Any] = {
         "metrics": metrics,
-        "std": {name: float(x.std()) for name, x in scores.items()},
+        "std": {name: float(x[~np.isnan(x)].std()) for name, x in scores.items() if name in metrics},
         "by_group": {},
         "best_of_n": {},
         "samples": _samples(table, prompts, tokenizer, scores, n_samples),
+        "unscored": int(np.isnan(scores["reward"]).sum()) if "reward" in scores else 0,
     }
     if group_by is not None:
         groups = np.array([str(f.get(group_by, "")) for f in fields])
         for group in sorted(set(groups)):
-            result["by_group"][group] = {name: float(x[groups == group].mean()) for name, x in scores.items()}
+            result["by_group"][group] = _means({name: x[groups == group] for name, x in scores.items()})
     if n_samples > 1 and "reward" in scores:
-        best = scores["reward"].reshape(-1, n_samples).argmax(1)
-        pick = np.arange(len(best)) * n_samples + best
-        result["best_of_n"] = {name: float(x[pick].mean()) for name, x in scores.items()}
+        rewards = scores["reward"].reshape(-1, n_samples)
+        complete = np.flatnonzero(~np.isnan(rewards).any(1))
+        pick = complete * n_samples + rewards[complete].argmax(1)
+        result["best_of_n"] = _means({name: x[pick] for name, x in scores.items()})
     return result
+
+
+def _means(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Over the samples that have a score; figures that no sample has are left out."""
+    return {name: float(x[~np.isnan(x)].mean()) for name, x in scores.items() if not np.isnan(x).all()}
 
 
 def distinct_bigrams(responses: Ragged) -> float:
@@ -89,6 +99,10 @@ def _samples(
     texts = tokenizer.batch_decode(part["response_ids"].to_pylist(), skip_special_tokens=True)
     asked = prompts["prompt"].take(part["prompt_id"]).to_pylist()
     return [
-        {"prompt": p, "response": t, "scores": {name: round(float(x[r]), 4) for name, x in scores.items()}}
+        {
+            "prompt": p,
+            "response": t,
+            "scores": {name: round(float(x[r]), 4) for name, x in scores.items() if not np.isnan(x[r])},
+        }
         for p, t, r in zip(asked, texts, rows, strict=True)
     ]

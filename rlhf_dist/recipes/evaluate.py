@@ -15,6 +15,7 @@ from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
 from rlhf_dist.recipes import groups
+from rlhf_dist.recipes.progress import log_given_up
 from rlhf_dist.run import Run
 
 #: Group ids of evaluations begin here, so that their seeds never meet those of training.
@@ -43,9 +44,15 @@ class Evaluator:
         result = self._sample(cfg.n_samples_per_prompt, greedy=False)
         figures = {f"eval/{k}": v for k, v in result["metrics"].items()}
         figures |= {f"eval/{k}_best_of_{cfg.n_samples_per_prompt}": v for k, v in result["best_of_n"].items()}
+        unscored = result["unscored"]
         if cfg.greedy:
-            greedy = self._sample(0, greedy=True)["metrics"]
-            figures |= {f"eval/{k}_greedy": v for k, v in greedy.items() if k in result["std"]}
+            greedy = self._sample(0, greedy=True)
+            figures |= {f"eval/{k}_greedy": v for k, v in greedy["metrics"].items() if k in greedy["std"]}
+            unscored += greedy["unscored"]
+        if self.run.cfg.reward.uses_endpoints and self.reward is not None:
+            figures["eval/unscored"] = unscored
+        if unscored:
+            self.run.terminal.warn(f"{unscored} held-out samples got no reward; its figures are over the others")
         for name, value in figures.items():
             self.run.summary.set(f"eval.{stage}.{name.removeprefix('eval/')}", value)
         if result["by_group"]:
@@ -64,7 +71,11 @@ class Evaluator:
         if self.reference is not None:
             columns.append(self.reference.logprobs(rollouts))
         rollouts.wait(self.run.cfg.run.wait_limit)
-        return self.experience.summarize(rollouts, columns, self.prompts, self.run.cfg.evaluation.group_by, n + greedy)
+        group_by = self.run.cfg.evaluation.group_by
+        result = self.experience.summarize(rollouts, columns, self.prompts, group_by, n + greedy)
+        if self.reward is not None:
+            log_given_up(self.run, self.reward)
+        return result
 
 
 def evaluate(run: Run, model_path: str) -> None:

@@ -15,6 +15,7 @@ Every name below holds references: the driver reads no tokens and no tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from ray import ObjectRef
@@ -23,6 +24,7 @@ from rlhf_dist.actors.data import load_table
 from rlhf_dist.actors.dispatch import GeneratorGroup
 from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.learner import LearnerGroup
+from rlhf_dist.actors.rewards import GivenUp
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReference, ShardedReward
 from rlhf_dist.actors.stats import PendingStats
@@ -34,7 +36,7 @@ from rlhf_dist.data.prompts import PromptOrder, minibatches
 from rlhf_dist.data.trained import TrainedLedger, TrainedStep
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.evaluate import Evaluator, show
-from rlhf_dist.recipes.progress import StepClock, log_syncs, shown
+from rlhf_dist.recipes.progress import StepClock, log_given_up, log_syncs, shown
 from rlhf_dist.recipes.saving import Saver, TrainState
 from rlhf_dist.run import Run
 
@@ -113,7 +115,7 @@ def train(
     run.faults.works_again()
     evaluate = Evaluator(run, generators, experience, reward, reference, metrics)
     before = state.before or evaluate("sft", step=0)
-    scale = ScoreScale(before["metrics"]["reward"], before["std"]["reward"]) if cfg.reward.normalize else ScoreScale()
+    scale = initial_scale(before) if cfg.reward.normalize else ScoreScale()
     kl_control = kl_controller(cfg.algo.kl_coef, cfg.algo.kl_target, cfg.algo.kl_horizon, state.kl_control)
 
     with run.saving(), run.terminal.stage("ppo", cfg.train.steps) as bar:
@@ -123,8 +125,7 @@ def train(
             old = policy.logprobs(rollouts) if cfg.algo.old_logprobs == "learner" else None
             values = critic.values(rollouts) if critic else None
             rollouts.wait(cfg.run.wait_limit)
-            if cfg.rollout.dynamic_sampling:
-                replace_groups_without_spread(run, stream, rollouts, experience, scores)
+            replaced = replace_groups(run, stream, rollouts, experience, reward, scores)
             clock.lap("generate")
 
             columns = [c for c in (scores, ref, old, values) if c is not None]
@@ -147,7 +148,7 @@ def train(
             figures |= log_syncs(run, stream.publish(policy.weights(stream.version + 1)))
             clock.lap("push_weights")
 
-            run.log("ppo", step, figures | clock.figures(rollouts) | saver.figures())
+            run.log("ppo", step, figures | replaced | clock.figures(rollouts) | saver.figures())
             bar.update(step, shown(figures, rollouts, clock))
             due = cfg.run.eval_every and step % cfg.run.eval_every == 0 and step < cfg.train.steps
             score = evaluate("ppo", step)["metrics"]["reward"] if due else None
@@ -163,19 +164,60 @@ def train(
     run.collect_spans()
 
 
-def replace_groups_without_spread(
-    run: Run, stream: RolloutStream, rollouts: RolloutBatch, experience: ExperienceGroup, scores: Columns
-) -> None:
-    """Dynamic sampling (DAPO, 2503.14476): new prompts for groups whose scores are all equal and teach nothing.
+def initial_scale(evaluation: dict[str, Any]) -> ScoreScale:
+    """Mean and standard deviation of the held-out scores of the initial policy.
 
-    What the rounds do not replace stays in the batch, with advantage 0.
+    Raises:
+        ValueError: no sample got a reward.
     """
-    for _ in range(run.cfg.rollout.dynamic_sampling_rounds):
-        equal = experience.without_spread(rollouts, scores)
-        if not equal:
-            return
-        stream.replace(rollouts, equal)
-        rollouts.wait(run.cfg.run.wait_limit)
+    if "reward" not in evaluation["std"]:
+        raise ValueError("reward.normalize needs scores of the initial policy, and no held-out sample got a reward")
+    return ScoreScale(evaluation["metrics"]["reward"], evaluation["std"]["reward"])
+
+
+def replace_groups(
+    run: Run,
+    stream: RolloutStream,
+    rollouts: RolloutBatch,
+    experience: ExperienceGroup,
+    reward: ScorerGroup | ShardedReward,
+    scores: Columns,
+) -> dict[str, float]:
+    """New prompts for the groups of a complete batch that cannot teach; returns figures of the step.
+
+    Groups in which a sample has no reward (``on_failure: skip``) are all replaced. With dynamic sampling (DAPO,
+    2503.14476) those whose scores are all equal are too; what its rounds do not replace stays, with advantage 0.
+
+    Raises:
+        ValueError: an endpoint's failure ends the run, or groups are without a reward after ``reward.skip_rounds``.
+    """
+    cfg = run.cfg
+    if not (cfg.reward.uses_endpoints or cfg.rollout.dynamic_sampling):
+        return {}
+    rounds = cfg.rollout.dynamic_sampling_rounds if cfg.rollout.dynamic_sampling else 0
+    unscored: list[int] = []
+    given_up: list[GivenUp] = []
+    while True:
+        without_reward, equal = experience.unfit(rollouts, scores)
+        given_up += log_given_up(run, reward)
+        if without_reward:
+            unscored.append(len(without_reward))
+        if len(unscored) > cfg.reward.skip_rounds:
+            raise ValueError(
+                f"{sum(unscored)} groups in {len(unscored)} rounds got no reward (reward.skip_rounds="
+                f"{cfg.reward.skip_rounds}). The last: {given_up[-1].message if given_up else 'see given_up.jsonl'}"
+            )
+        if rounds == 0:
+            equal = []
+        if not without_reward and not equal:
+            break
+        rounds -= bool(equal)
+        stream.replace(rollouts, without_reward + equal)
+        rollouts.wait(cfg.run.wait_limit)
+    if unscored:
+        last = f"; the last: {given_up[-1].endpoint}: {given_up[-1].cause}" if given_up else ""
+        run.terminal.warn(f"{sum(unscored)} groups without a reward were replaced{last}")
+    return {"rollout/unscored_groups": float(sum(unscored))} if cfg.reward.uses_endpoints else {}
 
 
 class PretrainText:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 
 from rlhf_dist.actors.dispatch import Sync
+from rlhf_dist.actors.rewards import GivenUp
 from rlhf_dist.actors.rollouts import RolloutBatch
+from rlhf_dist.actors.scorer import ScorerGroup, ShardedReward
 from rlhf_dist.observability.trace import Trace
 from rlhf_dist.run import Run
 
@@ -64,6 +67,24 @@ def log_syncs(run: Run, syncs: Sequence[Sync]) -> dict[str, float]:
             for name in ("pull_seconds", "load_seconds", "verify_seconds", "serving_seconds")
         },
     }
+
+
+def log_given_up(run: Run, reward: ScorerGroup | ShardedReward) -> list[GivenUp]:
+    """What endpoints gave up since the last call: a line each in given_up.jsonl, and the samples in the summary.
+
+    Raises:
+        ValueError: one of them ends the run: ``on_failure: stop``, or a mistake in the config.
+    """
+    given_up = reward.given_up()
+    if given_up:
+        with open(run.path("given_up.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(g.record) + "\n" for g in given_up)
+    if run.cfg.reward.uses_endpoints:
+        samples = sum(len(g.group_ids) for g in given_up)
+        run.summary.set("reward.given_up", run.summary.get("reward.given_up", 0) + samples)
+    if final := next((g for g in given_up if g.ends_run), None):
+        raise ValueError(final.message)
+    return given_up
 
 
 def shown(figures: dict[str, float], rollouts: RolloutBatch, clock: StepClock) -> dict[str, float]:

@@ -71,6 +71,7 @@ class Saver:
         if every and (state.step % every == 0 or stop):
             self.save(state, learners, score)
         if stop:
+            self.run.steps_done = state.step
             self.wait()
             raise Interrupted(stop)
 

@@ -46,7 +46,12 @@ def test_what_a_dead_generator_held_goes_first_and_in_order() -> None:
     assert balancer.assign() == {0: [0, 2], 1: [1, 3]}
     assert balancer.lost(0) == [0, 2]
     balancer.finished(1, 3)
-    assert balancer.assign() == {0: [0, 2], 1: [4]}
+    assert balancer.assign() == {1: [0]}, "the dead one takes nothing"
+    balancer.joined(0)
+    assert balancer.assign() == {0: [2, 4]}
+    balancer.forget([1, 4, 5])
+    assert balancer.held == [{2: Load(1, 1)}, {0: Load(1, 1)}]
+    assert not balancer.waiting
     with pytest.raises(KeyError):
         balancer.finished(0, 1)
 

@@ -225,6 +225,21 @@ BROKEN_FILES = [
         "{file}: reward.components.0: function must read package.module:function, got 'my_reward'",
     ),
     (
+        "skipping what a function does",
+        "reward: {components: [{function: 'a:b', on_failure: skip}]}",
+        "{file}: reward.components.0: on_failure=skip is for a url; a function that fails ends the run",
+    ),
+    (
+        "a URL of another kind, whose password is not shown",
+        "reward: {components: [{url: 'ftp://me:sesame@host/'}]}",
+        "{file}: reward.components.0: url must begin with http:// or https://",
+    ),
+    (
+        "a URL without a host",
+        "reward: {components: [{url: 'http://:sesame@/score'}]}",
+        "{file}: reward.components.0: url must read http://HOST/PATH or http://HOST:PORT/PATH",
+    ),
+    (
         "two components of one name",
         "reward: {components: [{name: a, model: x}, {name: a, model: y}]}",
         "{file}: reward: components must have different names, got ['a', 'a']",

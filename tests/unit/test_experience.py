@@ -17,6 +17,7 @@ from rlhf_dist.data.experience import (
     ScoreScale,
     ages,
     estimate_advantages,
+    groups_without_reward,
     groups_without_spread,
     join,
     join_batch,
@@ -271,6 +272,22 @@ def test_groups_without_spread_are_found() -> None:
     groups = table["group_id"].to_pylist()
     assert groups_without_spread(table) == [groups[0]]
     assert groups_without_spread(with_greedy(table, [5.0, 0.0])) == [groups[0]], "a greedy response adds no spread"
+
+
+def test_groups_without_a_reward_are_found_and_never_trained() -> None:
+    table = joined_batch(n_samples=2)
+    i = table.column_names.index("score")
+    first, second = dict.fromkeys(table["group_id"].to_pylist())
+    for scores, lacking in (([None, None, 1, 1], [first]), ([2, None, 1, 1], [first]), ([1, 1, 2, 2], [])):
+        table = table.set_column(i, "score", pa.array(scores, pa.float32()))
+        assert groups_without_reward(table) == lacking
+        assert groups_without_spread(table) == [g for g in (first, second) if g not in lacking]
+    assert groups_without_reward(with_greedy(table, [1.0, None])) == [second], "the baseline counts too"
+
+    broken = table.set_column(i, "score", pa.array([1, 2, None, 3], pa.float32()))
+    algo = AlgoConfig(advantage_estimator="grpo")
+    with pytest.raises(ValueError, match=rf"column 'score' has 1 null values, in groups \[{second}\]"):
+        estimate_advantages(broken, algo, PLAIN, 0.0, ScoreScale(), 8)
 
 
 def test_an_estimator_of_ones_own() -> None:

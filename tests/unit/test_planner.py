@@ -67,6 +67,12 @@ def test_evaluate_needs_no_learner(model: str) -> None:
     assert shape(cfg) == [("evaluate", "generator", 1), ("evaluate", "reward", 1)]
 
 
+def test_an_endpoint_is_shown_without_its_secrets(model: str) -> None:
+    components = [{"url": "https://me:sesame@judge.example:8443/score?key=sesame", "weight": 2}]
+    (reward,) = [r for r in roles(ppo(model, reward={"components": components})) if r.role == "reward"]
+    assert reward.what == "2 * https://judge.example:8443/score"
+
+
 def test_resources_are_those_of_the_config(model: str) -> None:
     cfg = ppo(
         model,

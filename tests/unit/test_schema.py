@@ -83,6 +83,27 @@ def test_with_columns_refuses_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["score", "score/model"])
+def test_a_score_may_be_missing_until_the_batch_is_complete(name: str) -> None:
+    columns = pa.table({name: pa.array([1.0, None, 2.0], pa.float32())})
+    assert schema.with_columns(rollouts(SHAPE), columns, "reward")[name].null_count == 1
+
+
+@pytest.mark.parametrize("name", ["metric/gold", "ref_logprobs", "other"])
+def test_no_other_column_may_have_nulls(name: str) -> None:
+    column = pa.array([None] * 3, schema.STAGE_COLUMNS.get(name.split("/")[0], pa.float32()))
+    with pytest.raises(ValueError, match=f"stage: column '{name}' has 3 null values"):
+        schema.with_columns(rollouts(SHAPE), pa.table({name: column}), "stage")
+
+
+def test_nothing_is_trained_without_a_score() -> None:
+    table = experience(SHAPE)
+    i = table.column_names.index("score")
+    broken = table.set_column(i, "score", pa.array([1.0, None, 2.0], pa.float32()))
+    with pytest.raises(ValueError, match="experience: column 'score' has 1 null values"):
+        schema.check(broken, schema.EXPERIENCE, "experience")
+
+
+@pytest.mark.parametrize("name", ["score", "score/model"])
 def test_with_columns_refuses_a_wrong_type(name: str) -> None:
     with pytest.raises(ValueError, match=f"reward: column '{name}' has type double, expected float"):
         schema.with_columns(rollouts(SHAPE), pa.table({name: pa.array([1.0, 2.0, 3.0])}), "reward")

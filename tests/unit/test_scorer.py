@@ -1,24 +1,21 @@
-"""The reward: real function processes and a real HTTP endpoint on this machine, and every way in which they fail."""
+"""The reward: real function processes, and every way in which they fail; endpoints are in test_endpoint.py."""
 
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 from tiny import rollouts
 
 from rlhf_dist import schema
 from rlhf_dist.actors.rewards import load_function
 from rlhf_dist.actors.scorer import Scorer
-from rlhf_dist.actors.waiting import WorkerFailed, from_task_error
+from rlhf_dist.actors.waiting import WorkerFailed, explained, from_task_error
 from rlhf_dist.config import ModelConfig, RewardComponent
 from rlhf_dist.data.tokenization import save_tokenizer
 from rlhf_dist.data.world import build_tokenizer
@@ -46,6 +43,9 @@ def words(prompts, responses, fields):
 
 def flags(prompts, responses, fields):
     return [True] * len(prompts)
+
+def huge(prompts, responses, fields):
+    return [10**400] * len(prompts)
 
 def nothing(prompts, responses, fields):
     return None
@@ -102,18 +102,18 @@ def test_a_weighted_sum_of_components(tokenizer_dir: str) -> None:
         {"name": "length", "function": "test_functions:length", "weight": 0.5},
         {"name": "field", "function": "test_functions:field", "weight": -2},
     )
-    found = process.score(CHUNK, prompts(), True)
+    found = process.score(CHUNK, prompts(), True)[0]
     texts = process.tokenizer.batch_decode(CHUNK["response_ids"].to_pylist(), skip_special_tokens=True)
     assert found["row"].to_pylist() == [0, 1, 2]
     assert found["score/length"].to_pylist() == [len(t) for t in texts]
     assert found["score/field"].to_pylist() == [0, 1, 2]
     assert found["score"].to_pylist() == pytest.approx([0.5 * len(t) - 2 * i for i, t in enumerate(texts)])
-    assert process.score(CHUNK, prompts(), False).column_names == ["row", "metric/length", "metric/field"]
+    assert process.score(CHUNK, prompts(), False)[0].column_names == ["row", "metric/length", "metric/field"]
 
 
 def test_prompts_are_those_of_the_rows(tokenizer_dir: str) -> None:
     process = scorer(tokenizer_dir, {"function": "test_functions:field"})
-    found = process.score(CHUNK.take(pa.array([2, 0])), prompts(), True)
+    found = process.score(CHUNK.take(pa.array([2, 0])), prompts(), True)[0]
     assert found["score"].to_pylist() == [2, 0]
 
 
@@ -125,6 +125,7 @@ def test_prompts_are_those_of_the_rows(tokenizer_dir: str) -> None:
         ("nan", "reward 'r' returned nan for sample 1; expected a finite number. Prompt 'p1', response '"),
         ("words", "reward 'r' returned 'good' for sample 0; expected a finite number"),
         ("flags", "reward 'r' returned True for sample 0; expected a finite number"),
+        ("huge", "for sample 0; expected a finite number"),
         ("nothing", "reward 'r': test_functions:nothing raised TypeError"),
         ("dies", "reward 'r': test_functions:dies raised ProcessExpired"),
     ],
@@ -137,12 +138,12 @@ def test_a_function_that_fails(function: str, message: str, tokenizer_dir: str) 
 
 def test_a_function_that_hangs_is_ended_at_its_limit_and_starts_anew(tokenizer_dir: str) -> None:
     process = scorer(tokenizer_dir, {"function": "test_functions:hangs", "timeout": 5})
-    assert process.score(CHUNK, prompts(first=1), True)["score"].to_pylist() == [1, 1, 1]
+    assert process.score(CHUNK, prompts(first=1), True)[0]["score"].to_pylist() == [1, 1, 1]
     began = time.monotonic()
     with pytest.raises(ValueError, match="reward 'r': test_functions:hangs took longer than 5 s for 3 samples"):
         process.score(CHUNK, prompts(), True)
     assert time.monotonic() - began < 30
-    assert process.score(CHUNK, prompts(first=1), True)["score"].to_pylist() == [1, 1, 1]
+    assert process.score(CHUNK, prompts(first=1), True)[0]["score"].to_pylist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -156,84 +157,6 @@ def test_a_function_that_hangs_is_ended_at_its_limit_and_starts_anew(tokenizer_d
 def test_a_function_that_is_not_there_is_refused_at_the_start(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_function(name)
-
-
-# Endpoints
-
-
-class Endpoint(BaseHTTPRequestHandler):
-    """Answers what ``server.answers`` says, in turn; the last one for ever."""
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answers: list[tuple[int, Any]] = self.server.answers  # type: ignore[attr-defined]
-        self.server.seen.append((self.headers.get("Authorization"), body))  # type: ignore[attr-defined]
-        status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        text = (json.dumps(answer) if not isinstance(answer, str) else answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *args: Any) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    server: Any = HTTPServer(("127.0.0.1", 0), Endpoint)
-    server.answers, server.seen = [(200, {"scores": [0.5, 1, 2]})], []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/score"
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_an_endpoint_that_stumbles_once(server: Any, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SCORE_TOKEN", "sesame")
-    server.answers.insert(0, (500, "busy"))
-    process = scorer(tokenizer_dir, {"url": server.url, "headers": {"Authorization": "Bearer $SCORE_TOKEN"}})
-    assert process.score(CHUNK, prompts(), True)["score"].to_pylist() == [0.5, 1, 2]
-    assert len(server.seen) == 2
-    token, body = server.seen[0]
-    assert token == "Bearer sesame"
-    assert body["prompts"] == ["p0", "p1", "p2"]
-    assert body["fields"] == [{"answer": 0}, {"answer": 1}, {"answer": 2}]
-    assert len(body["responses"]) == 3
-
-
-@pytest.mark.parametrize(
-    ("answers", "retries", "calls", "message"),
-    [
-        ([(500, "busy")], 2, 3, "500 Internal Server Error"),
-        ([(404, "where")], 3, 1, "404 Not Found"),
-        ([(200, "no json")], 3, 1, 'did not answer {"scores": [...]}'),
-        ([(200, {"rewards": [1, 2, 3]})], 3, 1, 'did not answer {"scores": [...]}'),
-        ([(200, [1, 2, 3])], 3, 1, 'did not answer {"scores": [...]}'),
-        ([(200, {"scores": [1, 2]})], 3, 1, "returned 2 scores for 3 samples"),
-        ([(200, {"scores": [1, None, 2]})], 3, 1, "returned None for sample 1; expected a finite number"),
-        ([(200, {"scores": 3})], 3, 1, 'did not answer {"scores": [...]}'),
-    ],
-    ids=["500", "404", "no JSON", "no scores", "a list", "too few", "null", "a number"],
-)
-def test_an_endpoint_that_fails(
-    answers: list, retries: int, calls: int, message: str, server: Any, tokenizer_dir: str
-) -> None:
-    server.answers = answers
-    with pytest.raises(ValueError) as caught:
-        scorer(tokenizer_dir, {"url": server.url, "retries": retries}).score(CHUNK, prompts(), True)
-    assert message in str(caught.value)
-    assert "reward 'r'" in str(caught.value)
-    assert len(server.seen) == calls
-
-
-def test_an_endpoint_that_is_not_there(server: Any, tokenizer_dir: str) -> None:
-    server.server_close()
-    with pytest.raises(ValueError, match=r"reward 'r': http://127.0.0.1:\d+/score failed: .*refused"):
-        scorer(tokenizer_dir, {"url": server.url, "retries": 1}).score(CHUNK, prompts(), True)
 
 
 # How such a failure arrives in the driver
@@ -254,3 +177,18 @@ def test_the_drivers_exception_says_who_and_why(cause: Exception, kind: type[Exc
     assert type(found) is kind
     assert str(found).startswith("reward, scoring: ")
     assert "bad" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "message"),
+    [
+        ("ValueError: header 'X': no such\nvariable", ValueError, "start of reward: header 'X': no such\nvariable"),
+        ("KeyError: 'X'", WorkerFailed, "start of reward: the process died. "),
+        ("ValueError: x\n\nDuring another:\n  File 'y'\nKeyError: 'X'", WorkerFailed, "start of reward: the process"),
+    ],
+)
+def test_a_mistake_that_a_constructor_finds(end: str, kind: type[Exception], message: str) -> None:
+    traceback = f"ray::Scorer.__init__()\n  File 'scorer.py', line 1, in __init__\n{end}"
+    found = explained(ActorDiedError(RayTaskError("__init__", traceback, ValueError())), "start of reward")
+    assert type(found) is kind
+    assert str(found).startswith(message)
