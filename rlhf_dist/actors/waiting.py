@@ -89,6 +89,9 @@ def explained(error: Exception, what: str) -> Exception:
         exception = ValueError(f"{what}: {mistake}")
         exception.add_note(str(error))
         return exception
+    if isinstance(error, ActorDiedError) and "raised in its creation task" in str(error):
+        # It would fail again, however often it was started.
+        return WorkerFailed(f"{what}: the process died. {_first_lines(str(error))}")
     if isinstance(error, DEATHS):
         return WorkerDied(f"{what}: {cause_of_death(error)}")
     if isinstance(error, RayError):
