@@ -268,7 +268,9 @@ class Run:
             if self.cfg.run.on_hang == "fail" or not hanging:
                 raise error
             diagnosis.kill(hanging)
-        time.sleep(SETTLING if not any(g.died for g in learners) else 0)  # the news of a death may be on its way
+        deadline = time.monotonic() + SETTLING
+        while not any(g.died for g in learners) and time.monotonic() < deadline:
+            time.sleep(0.1)  # the news of a death may be on its way
         dead = [(g.role, rank, cause) for g in learners for rank, cause in g.died.items()]
         pauses = [self.faults.died(role, f"{role} {rank}", cause) for role, rank, cause in dead]
         if not dead:

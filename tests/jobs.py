@@ -100,6 +100,6 @@ class Job:
 
     def assert_failed(self, code: int, message: str) -> None:
         assert self.code == code, self.output
-        assert message in self.output
+        assert message in self.output, self.output
         assert "Traceback" not in self.output
         self.assert_nothing_left()
