@@ -129,8 +129,8 @@ def cause_of_death(error: Exception) -> str:
 
 def _mistake_at_start(text: str) -> str:
     """The message of the ValueError that a constructor raised: Ray passes on its traceback alone, as text."""
-    _, _, message = text.rpartition("\nValueError: ")
-    return "" if "\n  File " in message else message.strip()
+    _, raised, message = text.rpartition("\nValueError: ")
+    return message.strip() if raised and "\n  File " not in message else ""
 
 
 def _first_lines(text: str, n: int = 6) -> str:
