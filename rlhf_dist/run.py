@@ -71,6 +71,7 @@ class Run:
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
+        self._quiet = contextlib.ExitStack()
 
     def path(self, *parts: str) -> str:
         """A path inside the run folder."""
@@ -78,6 +79,9 @@ class Run:
 
     def __enter__(self) -> Run:
         quiet_libraries(self.path("logs", "driver.log"))
+        # Ray prints what it thinks of every process that dies. The terminal has its own way to stdout.
+        log = self._quiet.enter_context(open(self.path("logs", "driver.log"), "a"))
+        self._quiet.enter_context(contextlib.redirect_stdout(log))
         (self.folder / "config.yaml").write_text(dump(self.cfg))
         self.summary.set("recipe", self.cfg.recipe)
         self.summary.set("rows_skipped", 0)
@@ -101,6 +105,7 @@ class Run:
             self.finish_stage()
         ray.shutdown()  # ends every process of a local cluster
         self.terminal.info(f"{self.summary.get('status')}; report {self.folder / 'report.html'}")
+        self._quiet.close()
         return handled
 
     @contextlib.contextmanager
