@@ -121,7 +121,7 @@ def cause_of_death(error: Exception) -> str:
         return f"out of memory. {_first_lines(str(error))}"
     if isinstance(error, ObjectLostError):
         return f"what it held is lost. {_first_lines(str(error), 2)}"
-    if isinstance(error, NodeDiedError) or ("node" in str(error).lower() and "died" in str(error).lower()):
+    if isinstance(error, NodeDiedError) or "its node has died" in str(error):
         return f"its node died. {_first_lines(str(error), 2)}"
     detail = re.search(r"Worker exit type: (\w+)", str(error))
     return f"the process died (Ray: {detail[1] if detail else type(error).__name__})"

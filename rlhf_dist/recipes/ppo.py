@@ -14,7 +14,7 @@ Every name below holds references: the driver reads no tokens and no tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,15 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             metrics=groups.evaluation_metrics(run),
         )
         try:
-            run.start(**{f.name: getattr(workers, f.name) for f in fields(workers)}, policy=policy, critic=critic)
+            run.start(
+                generator=workers.generators,
+                policy=policy,
+                critic=critic,
+                reward=workers.reward,
+                reference=workers.reference,
+                experience=workers.experience,
+                metrics=workers.metrics,
+            )
             train(run, saver, TrainState.of(saved), workers, policy, critic)
         except (WorkerDied, WaitLimitExceeded) as error:
             saver.wait()
