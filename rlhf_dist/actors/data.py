@@ -69,3 +69,15 @@ def _join_columns(table: pa.Table, parts: list[ObjectRef], stage: str) -> pa.Tab
 def join_columns(table: ObjectRef, parts: list[ObjectRef], stage: str) -> ObjectRef:
     """``table`` with the columns that the ranks of a group computed, each for its own rows."""
     return _join_columns.remote(table, parts, stage)
+
+
+@ray.remote(num_cpus=0)
+def _read_parquet(path: str) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path)
+
+
+def read_parquet(path: str) -> ObjectRef:
+    """A table that an earlier run has written."""
+    return _read_parquet.remote(path)

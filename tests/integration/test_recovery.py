@@ -9,20 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-import psutil
 import pytest
 from jobs import MARK, Job
 
+from benchmarks.chaos import processes
 from rlhf_dist.data.trained import final_line
 
-#: Ray names its processes after what they are doing.
-PROCESSES = {
-    "generator": "ray::Generator",
-    "policy": "ray::LearnerWorker",
-    "reward": "ray::Scorer",
-    "reference": "ray::Reference",
-    "experience": "ray::Experience",
-}
 OPTIONS = [
     "data.world={prompts: 32, test_prompts: 16}",
     "run={checkpoint_every: 2, wait_limit: 120}",
@@ -30,21 +22,8 @@ OPTIONS = [
 ]
 
 
-def processes(job: Job, role: str) -> list[psutil.Process]:
-    """Of the run, by role; the oldest first."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get(MARK) == job.mark
-            if ours and process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[0].startswith(PROCESSES[role]):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
-            continue
-    return sorted(found, key=lambda p: p.create_time())
-
-
 def kill(job: Job, role: str) -> None:
-    victim = processes(job, role)[0]
+    victim = processes(role, MARK, job.mark)[0]
     victim.send_signal(signal.SIGKILL)
 
 
@@ -102,7 +81,7 @@ def test_too_many_deaths_end_the_run_with_the_cause(start: Callable[..., Job], c
 )
 def test_a_process_that_is_stopped_is_named_and_replaced(role: str, start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=2000", "run.wait_limit=30").wait_for_step(3)
-    stopped = processes(job, role)[0]
+    stopped = processes(role, MARK, job.mark)[0]
     stopped.send_signal(signal.SIGSTOP)
     wait_until_it_works_again(job, role)
     job.wait_for_step(job.metrics("ppo")[-1]["step"] + 2)
@@ -118,7 +97,7 @@ def test_a_process_that_is_stopped_is_named_and_replaced(role: str, start: Calla
 
 def test_a_hang_ends_the_run_where_that_is_wanted(start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=2000", "run={wait_limit: 30, on_hang: fail}")
-    stopped = processes(job.wait_for_step(3), "reward")[0]
+    stopped = processes("reward", MARK, job.wait_for_step(3).mark)[0]
     stopped.send_signal(signal.SIGSTOP)
     job.wait(120)
     job.assert_failed(1, f"reward 0 (pid {stopped.pid}) does not answer: stopped")
