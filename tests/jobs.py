@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,15 @@ def broken(prompts, responses, fields):
 class Job:
     """One run of the program in a folder of its own."""
 
-    def __init__(self, folder: Path, arguments: list[str]) -> None:
+    def __init__(self, folder: Path, arguments: list[str], program: Sequence[str] = ("rlhf_dist.main",)) -> None:
         self.folder = folder / "runs" / "job"
         self.mark = uuid.uuid4().hex
         # A wide terminal, so that messages are not broken into lines.
         environment = {**os.environ, MARK: self.mark, "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
+        paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf_dist.main", *arguments, f"run.root={folder / 'runs'}", "run.name=job"],
+            [sys.executable, "-m", *program, *arguments, f"run.root={folder / 'runs'}", "run.name=job"],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -69,11 +69,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Start a run; whatever the test does, its processes end with the test."""
     jobs: list[Job] = []
 
-    def begin(*arguments: str, folder: str = "job") -> Job:
+    def begin(*arguments: str, folder: str = "job", program: Sequence[str] = ("rlhf_dist.main",)) -> Job:
         place = tmp_path / folder
         place.mkdir(exist_ok=True)  # the same folder again: a run that goes on
         (place / "my_rewards.py").write_text(REWARDS)
-        jobs.append(Job(place, list(arguments)))
+        jobs.append(Job(place, list(arguments), program))
         return jobs[-1]
 
     yield begin

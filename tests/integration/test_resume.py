@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import Job
+from killed import POINTS
 from safetensors.torch import load_file
 
 from rlhf_dist.data.trained import final_line
@@ -108,6 +109,38 @@ def test_ahead_of_the_learner_every_prompt_is_trained_once_per_epoch(start: Call
     assert sorted(first_epoch) == list(range(32))
 
 
+SHORT = ("in generation", "while the ranks write")
+
+
+@pytest.mark.parametrize("point", [p if p in SHORT else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
+def test_killed_at_any_point(point: str, whole: Job, start: Callable[..., Job], config: str) -> None:
+    """At the second time after a checkpoint, so that there is something to lose."""
+    saves = point in ("before saving", "while the ranks write") or "manifest" in point or "old ones" in point
+    count = 2 if saves else 4
+    job = start("--config", config, *PPO, program=["killed", point, str(count)])
+    job.process.wait(300)
+    assert job.process.returncode == -signal.SIGKILL, job.wait().output
+    job.assert_nothing_left()
+    job = start("--config", config, *PPO).wait()
+    assert job.code == 0, job.output
+    assert "going on after step 2" in job.output or "going on after step 4" in job.output
+    assert_same(job, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_any_point_ahead_of_the_learner(point: str, start: Callable[..., Job], config: str) -> None:
+    options = [*PPO, "train.steps=8", "rollout.max_staleness=2", "run.checkpoint_every=1"]
+    job = start("--config", config, *options, program=["killed", point, "5"])
+    job.process.wait(300)
+    job = start("--config", config, *options).wait()
+    assert job.code == 0, job.output
+    assert set(prompts_trained(job).values()) == {2}
+    assert len(prompts_trained(job)) == 32
+    groups = [group for step in final_line(job.folder / "ledger.jsonl") for group in step.rows]
+    assert sorted(groups) == list(range(64))
+
+
 def damage(folder: Path, rng: Any) -> None:
     files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
     file = files[rng.integers(len(files))]
@@ -115,6 +148,7 @@ def damage(folder: Path, rng: Any) -> None:
     file.write_bytes(data[: rng.integers(len(data))])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     whole: Job, start: Callable[..., Job], config: str
 ) -> None:
