@@ -254,7 +254,7 @@ class GeneratorGroup(Holder):
             try:
                 time.sleep(self._faults.died(role, name, cause_of_death(error)))
                 self.group.restart(generator)
-                wait_for(self.actors[generator].ready.remote(), f"start of {name}", self.group.seconds)
+                self._wait_for_place(self.actors[generator].ready.remote(), name)
                 while not self._join(generator, self._newest):
                     pass
                 self._faults.works_again(name)
@@ -265,6 +265,16 @@ class GeneratorGroup(Holder):
                 with self.changed:
                     self._fail(fatal)
                 return
+
+    def _wait_for_place(self, ready: ObjectRef, name: str) -> None:
+        """As long as it takes while others work: after the loss of a node there may be no place for it yet."""
+        while not ray.wait([ready], timeout=self.group.seconds)[0]:
+            with self.changed:
+                if not self._live:
+                    raise WaitLimitExceeded(
+                        f"{name} has not started within {self.group.seconds:.0f} s, and no other is up"
+                    )
+        wait_for(ready, f"start of {name}")
 
     def _join(self, generator: int, weights: Weights | None) -> bool:
         """Load ``weights`` and take work; False if there are newer ones by then."""

@@ -100,6 +100,7 @@ class Group:
 
     Args:
         make_args: index of the actor to the arguments of its constructor.
+        patient: wait for nodes that are not there yet, ``seconds`` long: they may be replacements of lost ones.
         ray_restarts: for actors without a state: Ray starts one that died anew, and gives it its calls again.
 
     Raises:
@@ -118,13 +119,14 @@ class Group:
         seconds: float,
         concurrency: int = 1,
         ray_restarts: bool = False,
+        patient: bool = False,
     ) -> None:
         self.role = role
         self.seconds = seconds
         self._released = False
         # A process that asks for nothing needs no place; Ray refuses empty bundles.
         needs = any(resources.bundle().values())
-        self.placement = _place(role, [resources.bundle()] * count, strategy, seconds) if needs else None
+        self.placement = _place(role, [resources.bundle()] * count, strategy, seconds, patient) if needs else None
         retries = -1 if ray_restarts else 0
 
         def start(i: int) -> ActorHandle:
@@ -249,7 +251,7 @@ class Holder:
         self._held.release()
 
 
-def _place(role: str, bundles: list[dict[str, float]], strategy: str, seconds: float) -> PlacementGroup:
+def _place(role: str, bundles: list[dict[str, float]], strategy: str, seconds: float, patient: bool) -> PlacementGroup:
     group = placement_group(bundles, strategy=strategy, name=f"rlhf_dist-{role}")
     # A group that the whole cluster could never hold is refused at once; a busy cluster may free resources.
     total = ray.cluster_resources()
@@ -258,7 +260,7 @@ def _place(role: str, bundles: list[dict[str, float]], strategy: str, seconds: f
         for name, amount in bundle.items():
             needed[name] = needed.get(name, 0) + amount
     short = {n: (a, total.get(n, 0)) for n, a in needed.items() if a > total.get(n, 0) + 1e-9}
-    if short or not group.wait(seconds):
+    if (short and not patient) or not group.wait(seconds):
         remove_placement_group(group)
         free = ray.available_resources()
         detail = ", ".join(

@@ -26,7 +26,7 @@ from rlhf_dist.observability.trace import Span
 class LearnerGroup:
     """All ranks of one learner; every method sends one call to each of them."""
 
-    def __init__(self, spec: LearnerSpec, strategy: str, seconds: float) -> None:
+    def __init__(self, spec: LearnerSpec, strategy: str, seconds: float, patient: bool = False) -> None:
         self.spec = spec
         self.role = spec.role
         self.seconds = seconds
@@ -40,6 +40,7 @@ class LearnerGroup:
             lambda rank: (spec, rank, world),
             strategy=strategy,
             seconds=seconds,
+            patient=patient,
         )
         self.ranks = self.group.actors
         self.died: dict[int, str] = {}

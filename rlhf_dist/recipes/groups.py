@@ -93,7 +93,9 @@ def learner(
         restore=learner_state(saved.folder, saved.manifest, role, placement) if saved else None,
         canary_length=min(CANARY_LENGTH, cfg.rollout.max_prompt_length + cfg.rollout.max_response_length - 1),
     )
-    return LearnerGroup(spec, cfg.cluster.placement, cfg.run.startup_limit).start()
+    # After a fault a node may be missing, and another one on its way.
+    patient = bool(run.faults.faults)
+    return LearnerGroup(spec, cfg.cluster.placement, cfg.run.startup_limit, patient).start()
 
 
 def policy_and_critic(
