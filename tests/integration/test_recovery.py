@@ -36,6 +36,17 @@ def wait_until_it_works_again(job: Job, role: str, seconds: float = 180) -> None
         time.sleep(0.2)
 
 
+def assert_nothing_lost(job: Job) -> None:
+    """With a staleness of 0: every group in its turn, exactly once."""
+    line = final_line(job.folder / "ledger.jsonl")
+    assert [s.step for s in line] == list(range(1, len(line) + 1))
+    groups = Counter(group for step in line for group in step.rows)
+    assert set(groups.values()) == {1}, "no group is trained twice"
+    assert sorted(groups) == list(range(8 * len(line))), "and none is lost"
+    versions = [json.loads(x)["version"] for x in (job.folder / "ledger.jsonl").read_text().splitlines()]
+    assert len(versions) == len(set(versions)), "no version is used twice"
+
+
 OTHERS = pytest.param(("reference", "experience"), marks=pytest.mark.slow)
 
 
@@ -59,13 +70,7 @@ def test_a_run_outlives_its_processes(roles: tuple[str, ...], start: Callable[..
         assert "died" in fault["cause"] or "lost" in fault["cause"]
         assert f"{fault['process']} died: " in job.output
         assert f"{fault['process']} works again after " in job.output
-    line = final_line(job.folder / "ledger.jsonl")
-    assert [s.step for s in line] == list(range(1, len(line) + 1))
-    groups = Counter(group for step in line for group in step.rows)
-    assert set(groups.values()) == {1}, "no group is trained twice"
-    assert sorted(groups) == list(range(8 * len(line))), "and none is lost"
-    versions = [json.loads(x)["version"] for x in (job.folder / "ledger.jsonl").read_text().splitlines()]
-    assert len(versions) == len(set(versions)), "no version is used twice"
+    assert_nothing_lost(job)
 
 
 def test_too_many_deaths_end_the_run_with_the_cause(start: Callable[..., Job], config: str) -> None:
@@ -102,3 +107,29 @@ def test_a_hang_ends_the_run_where_that_is_wanted(start: Callable[..., Job], con
     job.wait(120)
     job.assert_failed(1, f"reward 0 (pid {stopped.pid}) does not answer: stopped")
     assert job.summary["error"].startswith("WaitLimitExceeded: the driver waited 30 s for")
+
+
+def test_a_node_that_is_lost(start: Callable[..., Job], config: str) -> None:
+    """A generator on each of two nodes: the run goes on with one, and takes in the other when its node is replaced."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 * 2**20})
+    try:
+        node = {"num_cpus": 1, "resources": {"gen": 1}, "object_store_memory": 100 * 2**20}
+        nodes = [cluster.add_node(**node) for _ in range(2)]
+        generators = "generator={replicas: 2, cpus: 0.2, resources: {gen: 1}}"
+        options = [*OPTIONS, "train.steps=2000", generators, f"cluster.address={cluster.address}"]
+        job = start("--config", config, *options, "cluster.placement=SPREAD").wait_for_step(3)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        without = job.metrics("ppo")[-1]["step"]
+        job.wait_for_step(without + 10)
+        cluster.add_node(**node)
+        wait_until_it_works_again(job, "generator")
+        job.wait_for_step(job.metrics("ppo")[-1]["step"] + 5)
+        job.process.send_signal(signal.SIGTERM)
+        job.wait(120)
+    finally:
+        cluster.shutdown()
+    assert job.code == 130, job.output
+    assert re.search(r"generator [01] died: ", job.output), job.output
+    assert_nothing_lost(job)
