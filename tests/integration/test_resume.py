@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jobs import Job
 from killed import POINTS
 from safetensors.torch import load_file
 
+from rlhf_dist.checkpoint import complete
 from rlhf_dist.data.trained import final_line
 
 PPO = [
@@ -161,4 +163,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert job.code == 0, job.output
     assert "not used: " in job.output
     assert "going on after step 2" in job.output
+    assert_same(job, whole)
+
+
+@pytest.fixture
+def small_disk(whole: Job, tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half."""
+    newest = Path(complete(whole.folder / "checkpoints")[-1])
+    size = sum(p.stat().st_size for p in newest.rglob("*") if p.is_file())
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can make a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
+    whole: Job, small_disk: Path, start: Callable[..., Job], config: str
+) -> None:
+    options = [*PPO, f"run.checkpoint_dir={small_disk}"]
+    job = start("--config", config, *options).wait_for_step(5)
+    kill(job)
+    assert [Path(folder).name for folder in complete(small_disk)] == ["step_000002"]
+    job = start("--config", config, *options).wait()
+    assert job.code == 0, job.output
+    assert "going on after step 2" in job.output
+    assert "checkpoint of step 4 was not written: " in job.output
+    assert "No space left" in job.output or "PytorchStreamWriter failed" in job.output, job.output
     assert_same(job, whole)
