@@ -222,6 +222,11 @@ class GeneratorGroup(Holder):
         for i in self._live:
             self.group.watch(i, functools.partial(self._died, i, self.actors[i]))
 
+    def release(self) -> None:
+        with self.changed:
+            self._faults = None  # from here on they die because they shall
+        super().release()
+
     def _died(self, generator: int, actor: ActorHandle, error: Exception) -> None:
         """Give its unfinished groups to the others, and start another one in its place."""
         with self.changed:

@@ -137,7 +137,7 @@ SHORT = ("in generation", "while the ranks write")
 def test_killed_at_any_point(point: str, whole: Job, start: Callable[..., Job], config: str) -> None:
     """At the second time after a checkpoint, so that there is something to lose."""
     saves = point in ("before saving", "while the ranks write") or "manifest" in point or "old ones" in point
-    count = 2 if saves else 4
+    count = 2 if saves else 5
     job = start("--config", config, *PPO, program=["killed", point, str(count)])
     job.process.wait(300)
     assert job.process.returncode == -signal.SIGKILL, job.wait().output
