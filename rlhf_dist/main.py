@@ -1,10 +1,11 @@
-"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``."""
+"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``, and ``... replay FOLDER``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlhf_dist import __version__
 from rlhf_dist.config_io import ConfigError, dump, load
@@ -12,7 +13,10 @@ from rlhf_dist.config_io import ConfigError, dump, load
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished, 1 failed, 2 a mistake in config or data, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["replay"]:
+        return _replay(arguments[1:])
+    args = _parser().parse_args(arguments)
     try:
         cfg = load(args.config, args.overrides)
     except ConfigError as error:
@@ -40,11 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run.exit_code
 
 
+def _replay(arguments: Sequence[str]) -> int:
+    """Exit code: 0 finite now, 1 the fault is there again, 2 no such folder, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_dist.main replay",
+        description="Run a batch again on which a run stopped because a loss or a gradient was not finite: every row "
+        "alone, then the whole minibatch, forward and backward, on one learner rank of this machine.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/failed/step_N")
+    folder = parser.parse_args(arguments).folder
+    from rlhf_dist.recipes.replay import replay
+
+    try:
+        return replay(folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_dist.main",
         description="Train language models from human feedback on Ray, vLLM and DeepSpeed. "
         "Without arguments: the embedded miniature world, SFT -> reward model -> PPO, on two cores.",
+        epilog="`replay FOLDER` runs a batch again on which a run stopped; see `replay --help`.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/ (default: the embedded one)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import shlex
 import signal
 import threading
 import time
@@ -69,6 +70,7 @@ class Run:
         self._diagnosed = False
         self.samples: list[dict[str, Any]] = []
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
+        self.failed_batch: str | None = None
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
@@ -85,6 +87,7 @@ class Run:
         (self.folder / "config.yaml").write_text(dump(self.cfg))
         self.summary.set("recipe", self.cfg.recipe)
         self.summary.set("rows_skipped", 0)
+        self.summary.set("failed_batch", None)
         self.summary.write(self.path("summary.json"))
         waiting.limit = self.cfg.run.wait_limit
         self.terminal.title(f"rlhf_dist {self.cfg.recipe}: {self.cfg.description or self.folder.name}")
@@ -167,6 +170,9 @@ class Run:
         self.summary.finish("failed", f"{type(error).__name__}: {error}")
         self.terminal.error(f"{error}" if expected else f"{type(error).__name__}: {error}")
         self.terminal.info(f"logs of all processes: {self.folder / 'logs'}")
+        if self.failed_batch is not None:
+            self.terminal.info(f"the batch, and the model before that optimizer step: {self.failed_batch}")
+            self.terminal.info(f"to replay it alone: python -m rlhf_dist.main replay {shlex.quote(self.failed_batch)}")
         return expected
 
     def _connect(self) -> None:
@@ -307,6 +313,36 @@ class Run:
         """Fetch the traces of all groups that are up."""
         for group in self._groups:
             self.trace.add(group.spans())
+
+    @contextlib.contextmanager
+    def keeping_failed_batch(
+        self, stage: str, learners: Sequence[LearnerGroup | None], step: int | None = None
+    ) -> Iterator[None]:
+        """If an update that is waited for inside met a number that is not finite, save its batch to ``failed/step_N``.
+
+        Args:
+            learners: in the order in which they are waited for.
+            step: N; default: the number of the optimizer step, from 1.
+        """
+        try:
+            yield
+        except FloatingPointError:
+            try:
+                self._keep_failed_batch(stage, learners, step)
+            except (ValueError, waiting.WorkerFailed) as error:  # the run must end with what went wrong first
+                self.terminal.warn(f"the batch could not be saved: {error}")
+            raise
+
+    def _keep_failed_batch(self, stage: str, learners: Sequence[LearnerGroup | None], step: int | None) -> None:
+        for learner in filter(None, learners):
+            if (failed := learner.failed_step()) is None:
+                continue
+            number = failed[1] + 1 if step is None else step
+            folder = self.path("failed", f"step_{number:06d}")
+            learner.save_failed(folder, self.tokenizer_dir, stage, number)
+            self.failed_batch = folder
+            self.summary.set("failed_batch", folder)
+            return
 
     def finish(self) -> None:
         self.summary.finish("finished")

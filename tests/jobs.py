@@ -31,6 +31,16 @@ def long_enough(prompts, responses, fields):
 
 def broken(prompts, responses, fields):
     raise KeyError("no such family")
+
+batches = 0
+
+def nan_in_step_two(terms):
+    global batches
+    batches += 1
+    advantages = (terms.scores - terms.scores.mean())[:, None] * terms.mask
+    if batches == 2:
+        advantages[9] = float("nan")
+    return advantages, None
 """
 
 

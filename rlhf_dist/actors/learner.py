@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 
 from rlhf_dist.actors.data import join_columns
 from rlhf_dist.actors.diagnosis import Place
+from rlhf_dist.actors.failed_batch import Replayed
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_worker import LearnerSpec, LearnerWorker
@@ -117,6 +118,19 @@ class LearnerGroup:
 
     def _died(self, rank: int, error: Exception) -> None:
         self.died[rank] = cause_of_death(error)
+
+    def failed_step(self) -> tuple[int, int] | None:
+        """Of the update that met a number that is not finite, if one did: see ``LearnerWorker.failed_step``."""
+        return wait_for(self.ranks[0].failed_step.remote(), f"{self.role}, after its updates")
+
+    def save_failed(self, folder: str, tokenizer_dir: str, stage: str, step: int) -> None:
+        """Write that update's batch, and the model before the optimizer step that failed, to ``folder``."""
+        calls = [r.save_failed.remote(folder, tokenizer_dir, stage, step) for r in self.ranks]
+        wait_for(calls, f"{self.role}, saving the batch that it failed on")
+
+    def replay(self, folder: str) -> list[Replayed]:
+        """What rank 0 finds in a folder of :meth:`save_failed`, table by table."""
+        return wait_for(self.ranks[0].replay.remote(folder), f"{self.role}, replaying {folder}")
 
     def spans(self) -> list[Span]:
         return self.group.spans()

@@ -18,10 +18,13 @@ import ray
 from ray.actor import ActorHandle
 
 from rlhf_dist import checkpoint
+from rlhf_dist.actors import failed_batch
+from rlhf_dist.actors.failed_batch import About, FailedBatch, Replayed
 from rlhf_dist.actors.group import WATCH, Worker
 from rlhf_dist.actors.transport import GeneratorClient
 from rlhf_dist.config import AlgoConfig, DPOConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.experience import take
+from rlhf_dist.data.nonfinite import RowFigures, Source
 
 ObjectiveName = Literal["sft", "distill", "pairwise", "kwise", "dpo", "policy", "critic"]
 
@@ -83,6 +86,7 @@ class LearnerWorker(Worker):
         self._client: GeneratorClient | None = None
         self._sender: Any = None
         self._sent: list[Any] = []
+        self.failed: FailedBatch | None = None
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[checkpoint.Files] = Future()
 
@@ -151,16 +155,42 @@ class LearnerWorker(Worker):
 
         Returns for each step this rank's share of every metric; shares of all
         ranks add up to the global mean. ``lr`` and ``grad_norm`` are global.
+
+        Raises:
+            NonFiniteError: on every rank: loss or gradient of an optimizer step is not finite, here or in an earlier
+                update. That step was not taken, nor will any other be; the model can still be exported.
         """
+        from rlhf_dist.engines.deepspeed import NonFiniteError
+
+        # Calls that were queued behind the one that failed: the model that is saved is the one before the failure.
+        if self.failed is not None:
+            raise NonFiniteError(self.failed.message)
+        sources = [Source("batch", table, list(minibatches))]
+        if pretrain is not None:
+            sources.append(Source("pretrain", pretrain, list(pretrain_minibatches)))
         figures = []
         with self.trace.span(self.name, "update"):
             self.engine.train()
-            for i, rows in enumerate(minibatches):
-                metrics = self._forward_backward(self.objective, table, rows)
-                if pretrain is not None:
-                    metrics |= self._forward_backward(self.pretraining, pretrain, pretrain_minibatches[i])
-                figures.append({**metrics, **self.engine.step()})
+            for i in range(len(minibatches)):
+                metrics: dict[str, float] = {}
+                for source in sources:
+                    metrics |= self._forward_backward(self._objective_of(source), source.table, source.minibatches[i])
+                try:
+                    figures.append({**metrics, **self.engine.step()})
+                except NonFiniteError as error:
+                    found = [(source, self._each_row(source, i)) for source in sources]
+                    self.failed = FailedBatch.of(str(error), i + 1, self.engine.steps, found)
+                    raise NonFiniteError(self.failed.message) from error
         return figures
+
+    def _objective_of(self, source: Source) -> Any:
+        return self.objective if source.name == "batch" else self.pretraining
+
+    def _each_row(self, source: Source, step: int) -> list[RowFigures]:
+        from rlhf_dist.engines.examine import each_row
+
+        spec, objective = self.spec, self._objective_of(source)
+        return each_row(self.engine, objective, source.table, source.minibatches[step], spec.pad_id, spec.packing)
 
     def _forward_backward(self, objective: Any, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
         """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
@@ -172,6 +202,38 @@ class LearnerWorker(Worker):
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         return metrics
+
+    def failed_step(self) -> tuple[int, int] | None:
+        """Of the update that failed, if one did: the optimizer step in it, from 1, and those taken before in all."""
+        return (self.failed.optimizer_step, self.failed.steps_taken) if self.failed is not None else None
+
+    def save_failed(self, folder: str, tokenizer_dir: str, stage: str, step: int) -> None:
+        """Write the batch of the update that failed, and the model as it was before that optimizer step."""
+        from pydantic import TypeAdapter
+
+        assert self.failed is not None
+        if self.rank == 0:
+            failed_batch.clear(Path(folder))
+        self.export(str(Path(folder) / failed_batch.MODEL), tokenizer_dir)
+        if self.rank == 0:
+            spec = TypeAdapter(LearnerSpec).dump_python(self.spec, mode="json")
+            self.failed.write(Path(folder), stage, step, spec)
+
+    def replay(self, folder: str) -> list[Replayed]:
+        """Forward and backward, without a step, of what the update failed on: each row, then all in micro-batches."""
+        from rlhf_dist.engines.examine import together
+
+        about = About.read(Path(folder))
+        step = about.optimizer_step - 1
+        self.engine.train()
+        found = []
+        for source in about.sources(Path(folder)):
+            objective, rows = self._objective_of(source), source.minibatches[step]
+            figures = self._each_row(source, step)
+            batches = self._micro_batches(objective, source.table, rows)
+            whole = together(self.engine, objective, batches, objective.totals(source.table, rows))
+            found.append(Replayed.of(source, figures, *whole))
+        return found
 
     def _micro_batches(self, objective: Any, table: pa.Table, rows: np.ndarray) -> Iterator[Any]:
         from rlhf_dist.data.batching import micro_batches

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from rlhf_dist.config.base import load_function
+from rlhf_dist.data.nonfinite import listed, row_name
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -65,23 +66,26 @@ def is_score(value: Any) -> bool:
     return number and bool(abs(value) <= LARGEST)
 
 
-def checked(scores: Any, name: str, texts: Texts, may_lack: bool = False) -> np.ndarray:
-    """``scores`` as float64, one for each sample.
+def checked(scores: Any, name: str, texts: Texts, chunk: pa.Table, may_lack: bool = False) -> np.ndarray:
+    """``scores`` as float64, one for each row of ``chunk``.
 
     Args:
         may_lack: None is allowed, and becomes NaN.
 
     Raises:
-        ValueError: a wrong number of scores, or one that is not a finite number; shows the sample.
+        ValueError: a wrong number of scores, or one that is not a finite number; shows the sample, names the row.
     """
     values = list(scores)
-    if len(values) != len(texts.prompts):
-        raise ValueError(f"reward {name!r} returned {len(values)} scores for {len(texts.prompts)} samples")
+    if len(values) != chunk.num_rows:
+        raise ValueError(
+            f"reward {name!r} returned {len(values)} scores for {chunk.num_rows} samples: "
+            f"{listed([row_name(chunk, i) for i in range(chunk.num_rows)])}"
+        )
     for i, value in enumerate(values):
         if not is_score(value) and not (may_lack and value is None):
             raise ValueError(
                 f"reward {name!r} returned {value!r} for sample {i}; expected a finite number. "
-                f"Prompt {texts.prompts[i][-80:]!r}, response {texts.responses[i][:80]!r}"
+                f"Prompt {texts.prompts[i][-80:]!r}, response {texts.responses[i][:80]!r} ({row_name(chunk, i)})"
             )
     return np.asarray(values, np.float64)
 

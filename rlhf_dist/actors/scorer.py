@@ -76,7 +76,9 @@ class Scorer(Worker):
         columns: dict[str, pa.Array] = {}
         for component, score_with in zip(self.components, self.score_with, strict=True):
             with self.trace.span(self.name, component.name):
-                scores = checked(score_with(chunk, texts), component.name, texts, may_lack=component.url is not None)
+                scores = checked(
+                    score_with(chunk, texts), component.name, texts, chunk, may_lack=component.url is not None
+                )
             total += component.weight * scores
             columns[f"{'score' if with_sum else 'metric'}/{component.name}"] = _nullable(scores)
         if with_sum:

@@ -16,8 +16,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -30,6 +31,8 @@ from rlhf_dist.adapters import LEFT, RIGHT, Content, grouped
 from rlhf_dist.config import LearnerConfig, OptimConfig
 from rlhf_dist.engines.snapshots import SnapshotEngine
 
+T = TypeVar("T")
+
 #: DeepSpeed's name of an operation that is not wanted; see :func:`init_distributed`.
 SHM_OP = "deepspeed_shm_comm"
 #: DeepSpeed's name ("tag") of the only state in a folder.
@@ -37,7 +40,7 @@ STATE = "state"
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient that is not a number; raised before the optimizer step changes anything."""
+    """A loss or gradient that is not finite; raised on every rank, before the optimizer step changes anything."""
 
 
 def init_distributed(rank: int, world: int, address: str, port: int, listening: int | None) -> dist.TCPStore | None:
@@ -145,6 +148,7 @@ class LearnerEngine:
         self._frozen = any(not p.requires_grad for p in module.parameters())
         # DeepSpeed 0.19.8 has no public way to bring an engine of one's own; test_learners breaks when this changes.
         self._snapshots = self.engine.checkpoint_engine = SnapshotEngine()
+        self._loss = torch.zeros((), device=self.device)
 
     @property
     def module(self) -> nn.Module:
@@ -159,30 +163,69 @@ class LearnerEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of ``loss``, a sum divided by the global count (see the module's docstring).
 
-        Raises:
-            NonFiniteError: ``loss`` is NaN or infinite.
+        A loss that is not finite is refused by :meth:`step`, not here: the other ranks wait in the collectives of this
+        pass, and would wait for ever.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"loss is {loss.item()} in optimizer step {self.steps} on rank {self.rank}")
+        self._loss += loss.detach()
         self.engine.backward(loss * self.world)
 
     def step(self) -> dict[str, float]:
         """Reduce, clip, update. Returns ``lr`` and ``grad_norm`` (global, before clipping).
 
         Raises:
-            NonFiniteError: the gradient is not finite; DeepSpeed skipped the update.
+            NonFiniteError: on every rank: the sum of the losses, or the gradient, is not finite. Nothing was changed.
         """
         assert self.optim is not None
+        loss = self._global_loss()
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss is {loss} in optimizer step {self.steps + 1}")
         lr = learning_rate(self.steps, self.total_steps, self.optim)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else float("nan")
-        if not math.isfinite(norm) or norm < 0:  # DeepSpeed reports an overflow as -1
-            raise NonFiniteError(f"gradient norm is {norm} in optimizer step {self.steps}; the step was skipped")
+        if not math.isfinite(norm) or norm < 0:  # DeepSpeed skips such a step and goes on
+            raise NonFiniteError(f"gradient norm is {norm} in optimizer step {self.steps + 1}")
         self.steps += 1
         return {"lr": lr, "grad_norm": norm}
+
+    def _global_loss(self) -> float:
+        """Sum of the losses since the last step, over all ranks: one number, so all ranks come to one conclusion."""
+        dist.all_reduce(self._loss)
+        loss = self._loss.item()
+        self._loss.zero_()
+        return loss
+
+    @contextmanager
+    def gradient_norms(self) -> Iterator[Callable[[], float]]:
+        """Inside, the function that is yielded says how large the gradient of the last :meth:`backward` was.
+
+        That of this rank alone, before DeepSpeed reduces it; :meth:`step` would count all of them.
+        """
+        norms: list[Tensor] = []
+        hooks = [
+            p.register_hook(lambda g: norms.append(torch.linalg.vector_norm(g, dtype=torch.float32)))
+            for p in self.module.parameters()
+            if p.requires_grad
+        ]
+
+        def last() -> float:
+            norm = torch.linalg.vector_norm(torch.stack(norms)).item() / self.world
+            norms.clear()
+            return norm
+
+        try:
+            yield last
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def gather(self, item: T) -> list[T]:
+        """``item`` of every rank."""
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
 
     def named_weights(self, group_bytes: int, content: Content = "merged") -> Iterator[list[tuple[str, Tensor]]]:
         """Full weights under *checkpoint* names, in groups of about ``group_bytes``.

@@ -149,7 +149,8 @@ def train(
                 stats |= policy.update(batch, rows, pretrain.minibatches(step) if pretrain else None)
             if critic:
                 stats |= critic.update(batch, rows)
-            figures |= stats.result()
+            with run.keeping_failed_batch("ppo", [policy, critic], step):
+                figures |= stats.result()
             ledger.trained(TrainedStep(step, stream.version + 1, stream.trained(rollouts)))
             clock.lap("update")
 

@@ -76,7 +76,8 @@ def train(
         for i, call in enumerate(calls):
             in_flight.append(learner.update(table, call))
             while len(in_flight) > 1 or (in_flight and i == len(calls) - 1):
-                results = in_flight.pop(0).steps()
+                with run.keeping_failed_batch(stage, [learner]):
+                    results = in_flight.pop(0).steps()
                 for figures in results:
                     done += 1
                     run.log(stage, done, {f"train/{k}": v for k, v in figures.items()})

@@ -47,6 +47,12 @@ def flags(prompts, responses, fields):
 def huge(prompts, responses, fields):
     return [10**400] * len(prompts)
 
+def beyond_float32(prompts, responses, fields):
+    return [0.0, 1e39, 1.0]
+
+def nested(prompts, responses, fields):
+    return [[0.0]] * len(prompts)
+
 def nothing(prompts, responses, fields):
     return None
 
@@ -123,6 +129,10 @@ def test_prompts_are_those_of_the_rows(tokenizer_dir: str) -> None:
         ("raises", "reward 'r': test_functions:raises raised KeyError: 'no such family'"),
         ("short", "reward 'r' returned 1 scores for 3 samples"),
         ("nan", "reward 'r' returned nan for sample 1; expected a finite number. Prompt 'p1', response '"),
+        ("nan", "(prompt_id 1, group_id 1, sample_index 0)"),
+        ("short", "for 3 samples: prompt_id 0, group_id 0, sample_index 0; prompt_id 1, group_id 1, sample_index 0; "),
+        ("beyond_float32", "reward 'r' returned 1e+39 for sample 1; expected a finite number"),
+        ("nested", "reward 'r' returned [0.0] for sample 0; expected a finite number"),
         ("words", "reward 'r' returned 'good' for sample 0; expected a finite number"),
         ("flags", "reward 'r' returned True for sample 0; expected a finite number"),
         ("huge", "for sample 0; expected a finite number"),
