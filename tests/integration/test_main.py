@@ -137,7 +137,8 @@ def test_two_generators_and_two_ranks_do_what_one_does(start: Callable[..., Job]
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_resume.py has a shorter one
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_finished_summary_and_no_process(
     number: signal.Signals, start: Callable[..., Job], config: str
 ) -> None:

@@ -73,6 +73,7 @@ def test_a_run_outlives_its_processes(roles: tuple[str, ...], start: Callable[..
     assert_nothing_lost(job)
 
 
+@pytest.mark.slow
 def test_too_many_deaths_end_the_run_with_the_cause(start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=1000", "run.max_restarts=0").wait_for_step(2)
     kill(job, "policy")
@@ -82,7 +83,7 @@ def test_too_many_deaths_end_the_run_with_the_cause(start: Callable[..., Job], c
 
 
 @pytest.mark.parametrize(
-    "role", ["reference", "generator", *(pytest.param(r, marks=pytest.mark.slow) for r in ("policy", "reward"))]
+    "role", ["reference", *(pytest.param(r, marks=pytest.mark.slow) for r in ("generator", "policy", "reward"))]
 )
 def test_a_process_that_is_stopped_is_named_and_replaced(role: str, start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=2000", "run.wait_limit=30").wait_for_step(3)
@@ -100,6 +101,7 @@ def test_a_process_that_is_stopped_is_named_and_replaced(role: str, start: Calla
     assert not stopped.is_running()
 
 
+@pytest.mark.slow
 def test_a_hang_ends_the_run_where_that_is_wanted(start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=2000", "run={wait_limit: 30, on_hang: fail}")
     stopped = processes("reward", MARK, job.wait_for_step(3).mark)[0]
@@ -109,6 +111,7 @@ def test_a_hang_ends_the_run_where_that_is_wanted(start: Callable[..., Job], con
     assert job.summary["error"].startswith("WaitLimitExceeded: the driver waited 30 s for")
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost(start: Callable[..., Job], config: str) -> None:
     """A generator on each of two nodes: the run goes on with one, and takes in the other when its node is replaced."""
     from ray.cluster_utils import Cluster

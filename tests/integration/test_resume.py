@@ -96,6 +96,7 @@ def prompts_trained(job: Job) -> Counter[int]:
     return Counter(row for step in final_line(job.folder / "ledger.jsonl") for row in step.rows.values())
 
 
+@pytest.mark.slow
 def test_ahead_of_the_learner_every_prompt_is_trained_once_per_epoch(start: Callable[..., Job], config: str) -> None:
     """32 prompts, 8 in a step, 8 steps: two epochs, with a kill in the second."""
     options = [*PPO, "train.steps=8", "rollout.max_staleness=2", "generator={replicas: 2, cpus: 0.2}"]
@@ -130,7 +131,7 @@ def test_a_pipeline_makes_no_stage_twice(start: Callable[..., Job]) -> None:
     assert 0 <= job.summary["eval"]["sft"]["gold_score"] <= 1
 
 
-SHORT = ("in generation", "while the ranks write")
+SHORT = ("while the ranks write",)
 
 
 @pytest.mark.parametrize("point", [p if p in SHORT else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
