@@ -50,6 +50,10 @@ class Workers:
     reference: ReferenceGroup | ShardedReference | None
     experience: ExperienceGroup
     metrics: ScorerGroup | None
+    prompts: ObjectRef
+    """``schema.PROMPT``."""
+    prompt_rows: int
+    pretrain: PretrainText | None
 
 
 def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
@@ -58,36 +62,48 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
     Goes on from the newest checkpoint of the run, if there is one; also when a learner dies on the way.
     """
     saver = Saver(run)
-    workers = None
+    saved = saver.newest()
+    critic_path = run.cfg.critic.path or reward_model_path or model_path
+    policy, critic = groups.policy_and_critic(run, model_path, critic_path, saved)
+    workers = start_workers(run, model_path, reward_model_path, policy, critic)
     while True:
-        saved = saver.newest()
-        critic_path = run.cfg.critic.path or reward_model_path or model_path
-        policy, critic = groups.policy_and_critic(run, model_path, critic_path, saved)
-        workers = workers or Workers(
-            generators=groups.generators(run, model_path, from_learner=True),
-            reward=groups.reward(run, reward_model_path),
-            reference=groups.reference(run, model_path) if run.cfg.uses_reference else None,
-            experience=groups.experience(run),
-            metrics=groups.evaluation_metrics(run),
-        )
         try:
-            run.start(
-                generator=workers.generators,
-                policy=policy,
-                critic=critic,
-                reward=workers.reward,
-                reference=workers.reference,
-                experience=workers.experience,
-                metrics=workers.metrics,
-            )
             train(run, saver, TrainState.of(saved), workers, policy, critic)
         except (WorkerDied, WaitLimitExceeded) as error:
             saver.wait()
             run.give_up([policy, critic] if critic else [policy], error)
             workers.generators.reset()
-            continue
-        run.finish_stage()
-        return run.path("policy")
+            saved = saver.newest()
+            policy, critic = groups.policy_and_critic(run, model_path, critic_path, saved)
+            run.start(policy=policy, critic=critic)
+        else:
+            run.finish_stage()
+            return run.path("policy")
+
+
+def start_workers(
+    run: Run, model_path: str, reward_model_path: str | None, policy: LearnerGroup, critic: LearnerGroup | None
+) -> Workers:
+    """Everybody else; returns when they and the learners, which load side by side, are up."""
+    cfg = run.cfg
+    generators = groups.generators(run, model_path, from_learner=True)
+    reward = groups.reward(run, reward_model_path)
+    reference = groups.reference(run, model_path) if cfg.uses_reference else None
+    experience = groups.experience(run)
+    metrics = groups.evaluation_metrics(run)
+    pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
+    run.start(
+        generator=generators,
+        policy=policy,
+        critic=critic,
+        reward=reward,
+        reference=reference,
+        experience=experience,
+        metrics=metrics,
+    )
+    prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
+    run.note_rows("prompts", report)
+    return Workers(generators, reward, reference, experience, metrics, prompts, report["rows"], pretrain)
 
 
 def train(
@@ -100,15 +116,12 @@ def train(
     """
     cfg = run.cfg
     generators, reward, reference = workers.generators, workers.reward, workers.reference
-    experience, metrics = workers.experience, workers.metrics
-    pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
-    prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
-    run.note_rows("prompts", report)
+    experience, pretrain = workers.experience, workers.pretrain
     ledger = TrainedLedger(run.path("ledger.jsonl"))
     stream = RolloutStream(
         generators,
-        prompts,
-        PromptOrder(report["rows"], cfg.seed, cfg.data.shuffle),
+        workers.prompts,
+        PromptOrder(workers.prompt_rows, cfg.seed, cfg.data.shuffle),
         batch_size=cfg.rollout.batch_size,
         n_samples_per_prompt=cfg.rollout.n_samples_per_prompt,
         steps=cfg.train.steps - state.step,
@@ -117,11 +130,11 @@ def train(
         version=ledger.begin(state.step),
         state=state.stream,
     )
-    scores = reward.score(stream, prompts)  # of every chunk, the moment it is generated
+    scores = reward.score(stream, workers.prompts)  # of every chunk, the moment it is generated
     ref = reference.logprobs(stream) if reference else None
     log_syncs(run, stream.publish(policy.weights(stream.version)))
     run.faults.works_again()
-    evaluate = Evaluator(run, generators, experience, reward, reference, metrics)
+    evaluate = Evaluator(run, generators, experience, reward, reference, workers.metrics)
     before = state.before or evaluate("sft", step=0)
     scale = initial_scale(before) if cfg.reward.normalize else ScoreScale()
     kl_control = kl_controller(cfg.algo.kl_coef, cfg.algo.kl_target, cfg.algo.kl_horizon, state.kl_control)
