@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ ANSWER = 3.0
 INSPECTION = 15.0
 #: Lines of a log and of a stack that are shown.
 LINES = 8
+#: Of processes that die by a signal which Python sees, of C++, and of exceptions that nobody caught.
+_LAST_WORDS = re.compile(r"Fatal Python error|terminate called|^\w*(Error|Exception)\b|[Oo]ut of memory|Aborted")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,23 @@ def diagnose(processes: Sequence[tuple[str, ActorHandle, Place]]) -> list[Findin
             finding = inspections[ref]
             finding.state, finding.stack, finding.log = ray.get(ref)
     return sorted(findings, key=lambda f: f.answers)
+
+
+def last_words(log: str | None) -> str:
+    """What the log of a dead process says of its end; Ray does not know the signal."""
+    said = [line for line in (tail(log, 30) if log else []) if _LAST_WORDS.search(line)]
+    if said:
+        return f"; its log says: {said[0].strip()}"
+    return "; its log says nothing, as when it was killed from outside (SIGKILL)" if log else ""
+
+
+def oom_kills() -> int:
+    """Processes of this container that the kernel has killed for want of memory; 0 where that is not counted."""
+    try:
+        events = Path("/sys/fs/cgroup/memory.events").read_text().split()
+    except OSError:
+        return 0
+    return int(events[events.index("oom_kill") + 1]) if "oom_kill" in events else 0
 
 
 def kill(findings: Sequence[Finding]) -> None:

@@ -25,7 +25,7 @@ from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Holder
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.transport import Weights
-from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, WorkerFailed, cause_of_death, explained, wait_for
+from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, WorkerFailed, explained, wait_for
 from rlhf_dist.data.balance import Balancer, Load
 
 
@@ -237,7 +237,7 @@ class GeneratorGroup(Holder):
             if self._newest is not None and not self._newest.can_be_late:
                 self._fail(
                     WorkerFailed(
-                        f"generator {generator}: {cause_of_death(error)}; this weight_sync.transport cannot take in "
+                        f"generator {generator}: {self.group.cause_of_death(generator, error)}; this weight_sync.transport cannot take in "
                         "another one, object_store can"
                     )
                 )
@@ -257,7 +257,7 @@ class GeneratorGroup(Holder):
         role, name = self.group.role, f"{self.group.role} {generator}"
         while True:
             try:
-                time.sleep(self._faults.died(role, name, cause_of_death(error)))
+                time.sleep(self._faults.died(role, name, self.group.cause_of_death(generator, error)))
                 self.group.restart(generator)
                 self._wait_for_place(self.actors[generator].ready.remote(), name)
                 while not self._join(generator, self._newest):

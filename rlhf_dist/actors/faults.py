@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlhf_dist.actors.diagnosis import oom_kills
 from rlhf_dist.actors.waiting import WorkerFailed
 
 #: Restarts of one role are counted over so many seconds: a fault a night is no reason to stop, ten in an hour are.
@@ -44,6 +45,7 @@ class Faults:
         self.announce = announce
         self.path = Path(path)
         self.faults: list[Fault] = []
+        self._oom_kills = oom_kills()
         self.closed = False
         """The run is ending: processes die because they shall."""
         self._restarts: dict[str, deque[float]] = {}
@@ -56,6 +58,8 @@ class Faults:
             WorkerFailed: the role was started anew too often.
         """
         now = time.time()
+        if (killed := oom_kills() - self._oom_kills) > 0:
+            cause += f"; the kernel has killed {killed} processes for want of memory since the run began"
         with self._lock:
             self.faults.append(Fault(process, cause, now))
             restarts = self._restarts.setdefault(role, deque())

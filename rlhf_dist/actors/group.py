@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import math
 import os
@@ -16,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_dist.actors.diagnosis import Place
+from rlhf_dist.actors.diagnosis import Place, last_words
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.waiting import WorkerFailed, cause_of_death, wait_for
 from rlhf_dist.observability.logs import redirect_output
@@ -34,6 +35,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         if path := os.environ.get(_LOG_VARIABLE):
             redirect_output(path)
+            faulthandler.enable()  # a crash in C says so in the log
         self.name = name
         self.trace = Trace()
 
@@ -177,7 +179,7 @@ class Group:
             return
         name, actor = f"{self.role} {i}", self.actors[i]
         try:
-            faults.died(self.role, name, cause_of_death(error))
+            faults.died(self.role, name, self.cause_of_death(i, error))
         except WorkerFailed as too_often:
             faults.announce(str(too_often))
             ray.kill(actor)  # whoever waits for it gets the error
@@ -187,6 +189,13 @@ class Group:
             lambda answer: faults.works_again(name) if answer.exception() is None else None
         )
         self.watch(i, functools.partial(self._died, i, faults))
+
+    def cause_of_death(self, i: int, error: Exception) -> str:
+        """What Ray knows, and what the log of the process says."""
+        return cause_of_death(error) + last_words(self._log(i))
+
+    def _log(self, i: int) -> str | None:
+        return os.path.join(log_dir, f"{self.role}-{i}.log") if log_dir else None
 
     def watch(self, i: int, died: Callable[[Exception], None]) -> None:
         """Call ``died`` when the process of actor ``i`` is gone, in a thread of Ray's."""

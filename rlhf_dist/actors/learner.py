@@ -20,7 +20,7 @@ from rlhf_dist.actors.learner_worker import LearnerSpec, LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, Weights
-from rlhf_dist.actors.waiting import cause_of_death, wait_for
+from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.observability.trace import Span
 
 
@@ -117,7 +117,7 @@ class LearnerGroup:
         return self.group.processes()
 
     def _died(self, rank: int, error: Exception) -> None:
-        self.died[rank] = cause_of_death(error)
+        self.died[rank] = self.group.cause_of_death(rank, error)
 
     def failed_step(self) -> tuple[int, int] | None:
         """Of the update that met a number that is not finite, if one did: see ``LearnerWorker.failed_step``."""
