@@ -235,12 +235,9 @@ class GeneratorGroup(Holder):
                 return
             self._live.remove(generator)
             if self._newest is not None and not self._newest.can_be_late:
-                self._fail(
-                    WorkerFailed(
-                        f"generator {generator}: {self.group.cause_of_death(generator, error)}; this weight_sync.transport cannot take in "
-                        "another one, object_store can"
-                    )
-                )
+                cause = self.group.cause_of_death(generator, error)
+                refused = "this weight_sync.transport cannot take in another one, object_store can"
+                self._fail(WorkerFailed(f"generator {generator}: {cause}; {refused}"))
                 return
             by_lane: dict[int, list[int]] = {}
             for number, group in self._balancer.lost(generator):
