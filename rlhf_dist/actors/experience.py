@@ -99,6 +99,7 @@ class Experience(Worker):
         if self.rollout_dir is None:
             return
         self.flush()
+        _file(self.rollout_dir, step).unlink(missing_ok=True)  # of a step that a fault took back
         self._writing = self._writer.submit(self._write_now, self.rollout_dir, step, table)
 
     def _write_now(self, folder: Path, step: int, table: pa.Table) -> None:
@@ -108,9 +109,15 @@ class Experience(Worker):
         for name in ("response", "prompt"):
             texts = self.tokenizer.batch_decode(table[f"{name}_ids"].to_pylist())
             table = table.add_column(0, name, pa.array(texts))
-        path = folder / f"step_{step:06d}.parquet"
+        path = _file(folder, step)
         pq.write_table(table, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
+
+    def ensure_written(self, step: int, table: pa.Table) -> None:
+        """The file of a step is there when this returns, also where the process died that began to write it."""
+        self.flush()
+        if self.rollout_dir is not None and not _file(self.rollout_dir, step).exists():
+            self._write_now(self.rollout_dir, step, table)
 
     def flush(self) -> None:
         """Wait until the last file is written; raises what went wrong there."""
@@ -146,6 +153,7 @@ class ExperienceGroup(Holder):
         )
         super().__init__(group)
         self.actor = group.actors[0]
+        self._last: tuple[int, ObjectRef] | None = None
 
     def build(
         self,
@@ -159,7 +167,11 @@ class ExperienceGroup(Holder):
         """References to the experience and to its figures; returns at once."""
         build: Any = self.actor.build.options(num_returns=2)
         parts = references(rollouts, columns)
-        return tuple(build.remote(step, version, parts, rollouts.left_out, scale, kl_coef))
+        if self._last is not None:
+            self.actor.ensure_written.remote(*self._last)
+        batch, figures = build.remote(step, version, parts, rollouts.left_out, scale, kl_coef)
+        self._last = (step, batch)
+        return batch, figures
 
     def unfit(self, rollouts: RolloutBatch, scores: Columns) -> tuple[list[int], list[int]]:
         """Groups of a complete batch in which a sample has no reward, and those whose scores are all equal; without
@@ -176,7 +188,13 @@ class ExperienceGroup(Holder):
         return wait_for(self.actor.summarize.remote(parts, prompts, group_by, n), "experience, summarising")
 
     def flush(self) -> None:
-        wait_for(self.actor.flush.remote(), "experience, writing rollouts")
+        """Wait until every batch is in its file."""
+        if self._last is not None:
+            wait_for(self.actor.ensure_written.remote(*self._last), "experience, writing rollouts")
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.parquet"
 
 
 @dataclass(frozen=True)

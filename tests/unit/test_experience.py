@@ -397,6 +397,19 @@ def test_rollouts_are_written_with_their_texts(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "rollouts").iterdir()] == ["step_000007.parquet"]
 
 
+def test_the_file_of_a_process_that_died_is_written_by_the_next(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = joined_batch()
+    process = writer(tmp_path / "rollouts", tmp_path / "tokenizer")
+    process.ensure_written(3, table)
+    path = tmp_path / "rollouts" / "step_000003.parquet"
+    assert pq.read_table(path).num_rows == table.num_rows
+    process._write(3, table.slice(0, 2))
+    process.ensure_written(3, table)
+    assert pq.read_table(path).num_rows == 2, "what is there stays; the step that was taken back was removed first"
+
+
 def test_a_file_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "rollouts").write_text("in the way")
     process = writer(tmp_path / "rollouts", tmp_path / "tokenizer")
