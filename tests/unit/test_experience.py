@@ -413,6 +413,5 @@ def test_the_file_of_a_process_that_died_is_written_by_the_next(tmp_path: Path) 
 def test_a_file_that_cannot_be_written_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "rollouts").write_text("in the way")
     process = writer(tmp_path / "rollouts", tmp_path / "tokenizer")
-    process._write(1, joined_batch())
     with pytest.raises(OSError, match="rollouts"):
-        process.flush()
+        process._write(1, joined_batch())
