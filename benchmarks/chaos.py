@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--kills", type=int, default=20, help="at least; they go on until the run ends")
     parser.add_argument("--pause", type=float, default=15, help="seconds between a recovery and the next kill")
-    parser.add_argument("--batch", type=int, default=208, help="prompts in a step, with four samples each")
+    parser.add_argument("--batch", type=int, default=320, help="prompts in a step, with four samples each")
     parser.add_argument("--seed", type=int, default=0, help="of who dies when")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
