@@ -164,7 +164,10 @@ def kill_at_random(
         if time.monotonic() - quiet < pause:
             continue
         role = roles[len(killed)]
-        victim = choose.choice(processes(role, MARK, mark))
+        living = processes(role, MARK, mark)
+        if not living:  # the run is ending
+            continue
+        victim = choose.choice(living)
         victim.send_signal(signal.SIGKILL)
         step = newest
         killed.append({"role": role, "pid": victim.pid, "after_step": step})
