@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -179,3 +181,24 @@ def test_an_object_store_keeps_the_same_promise(tmp_path: Path) -> None:
     prune(root, keep=1)
     assert [p.rpartition("/")[2] for p in complete(root)] == ["step_000010"]
     assert not fs.exists("/bucket/run/checkpoints/step_000005")
+
+
+def test_a_checkpoint_cut_off_at_any_byte_is_named(tmp_path: Path) -> None:
+    """Fifty cuts, the manifest among what is cut; each time the checkpoint before is used."""
+    rng = random.Random(0)
+    make(tmp_path, 5)
+    for cut in range(50):
+        folder = tmp_path / "step_000010"
+        (folder / "learner").mkdir(parents=True)
+        (folder / "learner" / "shard.pt").write_bytes(rng.randbytes(5000))
+        (folder / "state").write_bytes(rng.randbytes(300))
+        seal(folder, {"step": 10})
+        file = rng.choice([folder / "learner" / "shard.pt", folder / "state", folder / MANIFEST])
+        data = file.read_bytes()
+        file.write_bytes(data[: rng.randrange(len(data))])
+        found, faults = newest(tmp_path)
+        assert found is not None
+        assert found.manifest["step"] == 5, f"cut {cut} of {file.name}"
+        [fault] = faults
+        assert file.name in fault
+        shutil.rmtree(folder)
