@@ -50,7 +50,7 @@ def measure(mb: int, repetitions: int) -> list[dict[str, Any]]:
 
     from rlhf_dist import checkpoint
     from rlhf_dist.actors.learner import LearnerGroup
-    from rlhf_dist.actors.learner_worker import LearnerSpec
+    from rlhf_dist.actors.learner_spec import LearnerSpec
     from rlhf_dist.config import LearnerConfig, ModelConfig, OptimConfig
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

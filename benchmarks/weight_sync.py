@@ -67,7 +67,7 @@ def processes(mb: int, generators: int) -> Iterator[tuple[Any, list[Any]]]:
     from rlhf_dist.actors.generator import Generator
     from rlhf_dist.actors.group import Group, Resources
     from rlhf_dist.actors.learner import LearnerGroup
-    from rlhf_dist.actors.learner_worker import LearnerSpec
+    from rlhf_dist.actors.learner_spec import LearnerSpec
     from rlhf_dist.config import Config, LearnerConfig
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

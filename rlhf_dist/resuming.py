@@ -46,10 +46,10 @@ def unfinished(folder: Path, cfg: Config) -> bool:
         for key, (old, new) in differences(before, cfg.model_dump(mode="json")).items()
         if not any(re.fullmatch(pattern, key) for pattern in MAY_CHANGE)
     ]
-    if changed:
+    if changed and cfg.run.resume != "changed":
         raise ValueError(
             f"run.name={cfg.run.name}: {folder} holds an unfinished run with another config:\n" + "\n".join(changed)
-            + "\ngo on with the values it was started with, or choose another run.name"
+            + "\ngo on with the values it was started with, choose another run.name, or say run.resume=changed"
         )  # fmt: skip
     return True
 

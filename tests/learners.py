@@ -12,7 +12,7 @@ from tiny import LLAMA, SPECIAL, comparisons, experience
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.config import AlgoConfig, LearnerConfig, ModelConfig, OptimConfig
 from rlhf_dist.data.tokenization import save_tokenizer
 from rlhf_dist.data.world import build_tokenizer

@@ -14,7 +14,7 @@ from tiny import experience
 from rlhf_dist.actors.generator import Generator
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import Config, LearnerConfig, OptimConfig
 

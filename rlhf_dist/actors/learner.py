@@ -16,7 +16,8 @@ from rlhf_dist.actors.diagnosis import Place
 from rlhf_dist.actors.failed_batch import Replayed
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Group, Resources
-from rlhf_dist.actors.learner_worker import LearnerSpec, LearnerWorker
+from rlhf_dist.actors.learner_spec import LearnerSpec
+from rlhf_dist.actors.learner_worker import LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, Weights

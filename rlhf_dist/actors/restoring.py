@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from rlhf_dist import checkpoint
-from rlhf_dist.actors.learner_worker import Restore
+from rlhf_dist.actors.learner_spec import Restore
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import LearnerConfig
 

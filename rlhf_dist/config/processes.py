@@ -16,8 +16,9 @@ class RunConfig(Section):
     """Folder that holds the run folders."""
     name: str | None = None
     """Name of the run folder; the recipe and the time if not given."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: a run folder of this name that is not finished is gone on with. never: it is refused."""
+    resume: Literal["auto", "never", "changed"] = "auto"
+    """auto: a run folder of this name that is not finished is gone on with, and refused if a key has changed that says
+    what is learnt. changed: gone on with all the same. never: refused."""
     eval_every: int = Field(0, ge=0)
     """PPO steps between evaluations; 0 evaluates before the first and after the last step only."""
     checkpoint_every: int = Field(20, ge=0)

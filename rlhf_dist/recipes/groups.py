@@ -10,7 +10,7 @@ from rlhf_dist.actors.experience import ExperienceGroup
 from rlhf_dist.actors.generator import Generator
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import CANARY_LENGTH, LearnerSpec, ObjectiveName
+from rlhf_dist.actors.learner_spec import CANARY_LENGTH, LearnerSpec, ObjectiveName
 from rlhf_dist.actors.restoring import learner_state
 from rlhf_dist.actors.scorer import (
     Reference,

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors.failed_batch import MODEL, About, Replayed
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import WorkerFailed
 from rlhf_dist.observability.logs import quiet_libraries
 from rlhf_dist.observability.terminal import Terminal

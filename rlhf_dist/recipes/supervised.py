@@ -8,7 +8,7 @@ from typing import Literal
 from ray import ObjectRef
 
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import ObjectiveName
+from rlhf_dist.actors.learner_spec import ObjectiveName
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.config import SupervisedConfig
 from rlhf_dist.data.prompts import minibatches

@@ -23,7 +23,7 @@ from rlhf_dist import schema
 from rlhf_dist.actors.data import load_table
 from rlhf_dist.actors.generator import sample_seed
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import load

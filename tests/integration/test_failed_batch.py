@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from rlhf_dist.actors.failed_batch import About, Replayed
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.config import LoRAConfig, ModelConfig
 from rlhf_dist.engines.objectives import PolicyObjective
 from rlhf_dist.models import PolicyModule, load_policy

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.scorer import Reference, ReferenceGroup
 from rlhf_dist.actors.transport import PulledWeights

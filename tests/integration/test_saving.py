@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlhf_dist import checkpoint
 from rlhf_dist.actors.learner import LearnerGroup
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.restoring import learner_state
 from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from tiny import comparisons, experience, rankings
 
 from rlhf_dist.actors.failed_batch import About, FailedBatch, Replayed
-from rlhf_dist.actors.learner_worker import LearnerSpec
+from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import WorkerFailed
 from rlhf_dist.config import AlgoConfig, LearnerConfig, LoRAConfig, ModelConfig, OptimConfig
 from rlhf_dist.config_io import load

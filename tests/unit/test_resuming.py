@@ -77,6 +77,10 @@ def test_what_is_learnt_may_not_change(override: str, key: str, values: str, tmp
         unfinished(leave(tmp_path / "a"), now(override))
 
 
+def test_what_is_learnt_may_change_on_request(tmp_path: Path) -> None:
+    assert unfinished(leave(tmp_path / "a"), now("policy.optim.lr=0.1", "run.resume=changed"))
+
+
 def test_differences_name_the_leaf() -> None:
     old, new = {"a": [{"b": 1}, {"b": 2}], "c": [1]}, {"a": [{"b": 1}, {"b": 3}], "c": [1, 2], "d": None, "e": 0}
     assert differences(old, new) == {"a.1.b": (2, 3), "c": ([1], [1, 2]), "e": (None, 0)}
