@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import math
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,6 +29,7 @@ from rlhf_dist.observability.trace import Span, Trace
 #: joined, Ray's own logs hold it, and the dashboard shows it.
 log_dir: str | None = None
 _LOG_VARIABLE = "RLHF_DIST_LOG"
+TRACE_SECONDS = 30.0
 
 
 class Worker:
@@ -210,8 +213,14 @@ class Group:
         self.actors[i].lifetime.remote().future().add_done_callback(ended)
 
     def spans(self) -> list[Span]:
-        """The trace of all actors since the last call."""
-        return [s for part in wait_for([a.spans.remote() for a in self.actors], f"{self.role}, trace") for s in part]
+        """The trace of all actors since the last call; of those that answer soon: no run fails for want of a trace."""
+        refs: list[ObjectRef] = [a.spans.remote() for a in self.actors]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=TRACE_SECONDS)
+        spans: list[Span] = []
+        for ref in ready:
+            with contextlib.suppress(RayError):  # one that has died has no trace any more
+                spans += ray.get(ref)
+        return spans
 
     def release(self) -> None:
         """Kill the actors and give their resources back."""
