@@ -92,7 +92,7 @@ def assert_files(folder: Path) -> None:
     for name in ("sft", "policy", "checkpoints/step_000003/policy"):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder / name))
-    assert [p.name for p in complete(folder / "checkpoints")] == ["step_000002", "step_000003"]
+    assert [Path(p).name for p in complete(folder / "checkpoints")] == ["step_000002", "step_000003"]
     assert verify(folder / "checkpoints" / "step_000003")["step"] == 3
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     names = {e["args"]["name"] for e in events if e.get("name") == "process_name"}
