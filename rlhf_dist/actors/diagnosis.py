@@ -25,8 +25,9 @@ ANSWER = 3.0
 INSPECTION = 15.0
 #: Lines of a log and of a stack that are shown.
 LINES = 8
-#: Of processes that die by a signal which Python sees, of C++, and of exceptions that nobody caught.
-_LAST_WORDS = re.compile(r"Fatal Python error|terminate called|^\w*(Error|Exception)\b|[Oo]ut of memory|Aborted")
+#: Of processes that die by a signal which Python sees, and of C++. Exceptions come through Ray; those in a log are of
+#: libraries that have caught them.
+_LAST_WORDS = re.compile(r"Fatal Python error|terminate called|^Aborted|[Oo]ut of memory")
 
 
 @dataclass(frozen=True)

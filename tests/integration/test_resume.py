@@ -131,10 +131,8 @@ def test_a_pipeline_makes_no_stage_twice(start: Callable[..., Job]) -> None:
     assert 0 <= job.summary["eval"]["sft"]["gold_score"] <= 1
 
 
-SHORT = ("while the ranks write",)
-
-
-@pytest.mark.parametrize("point", [p if p in SHORT else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
 def test_killed_at_any_point(point: str, whole: Job, start: Callable[..., Job], config: str) -> None:
     """At the second time after a checkpoint, so that there is something to lose."""
     saves = point in ("before saving", "while the ranks write") or "manifest" in point or "old ones" in point
