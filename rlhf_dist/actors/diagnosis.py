@@ -75,12 +75,18 @@ def diagnose(processes: Sequence[tuple[str, ActorHandle, Place]]) -> list[Findin
     return sorted(findings, key=lambda f: f.answers)
 
 
-def last_words(log: str | None) -> str:
-    """What the log of a dead process says of its end; Ray does not know the signal."""
-    said = [line for line in (tail(log, 30) if log else []) if _LAST_WORDS.search(line)]
+def last_words(log: str, start: int) -> str:
+    """What the log of a dead process says of its end; Ray does not know the signal.
+
+    Args:
+        start: byte from which on it is the log of this process; those before it in its place wrote to the same file.
+    """
+    with open(log, "rb") as file:
+        file.seek(start)
+        said = [line for line in file.read().decode(errors="replace").splitlines() if _LAST_WORDS.search(line)]
     if said:
-        return f"; its log says: {said[0].strip()}"
-    return "; its log says nothing, as when it was killed from outside (SIGKILL)" if log else ""
+        return f"; its log says: {said[-1].strip()}"
+    return "; its log says nothing, as when it was killed from outside (SIGKILL)"
 
 
 def oom_kills() -> int:

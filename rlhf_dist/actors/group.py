@@ -148,6 +148,7 @@ class Group:
 
         self._start = start
         self._places: dict[int, ObjectRef] = {}
+        self._log_starts: dict[int, int] = {}
         self.actors: list[ActorHandle] = [start(i) for i in range(count)]
 
     def _bundle(self, i: int) -> PlacementGroupSchedulingStrategy | str:
@@ -195,10 +196,12 @@ class Group:
 
     def cause_of_death(self, i: int, error: Exception) -> str:
         """What Ray knows, and what the log of the process says."""
-        return cause_of_death(error) + last_words(self._log(i))
-
-    def _log(self, i: int) -> str | None:
-        return os.path.join(log_dir, f"{self.role}-{i}.log") if log_dir else None
+        cause = cause_of_death(error)
+        log = os.path.join(log_dir, f"{self.role}-{i}.log") if log_dir else ""
+        if os.path.exists(log):
+            cause += last_words(log, self._log_starts.get(i, 0))
+            self._log_starts[i] = os.path.getsize(log)
+        return cause
 
     def watch(self, i: int, died: Callable[[Exception], None]) -> None:
         """Call ``died`` when the process of actor ``i`` is gone, in a thread of Ray's."""

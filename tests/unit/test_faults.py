@@ -9,6 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 
 from rlhf_dist.actors import faults as module
+from rlhf_dist.actors.diagnosis import last_words
 from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.waiting import WorkerDied, WorkerFailed, explained
 
@@ -68,3 +69,12 @@ def test_the_record_says_for_how_long(tmp_path: Path, clock: list[float]) -> Non
     lines = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert [(x["process"], x["away_seconds"]) for x in lines] == [("reward 0", 7), ("policy 1", 12)]
     assert said[2:] == ["reward 0 works again after 7.0 s", "policy 1 works again after 12.0 s"]
+
+
+def test_last_words_are_those_of_the_process_that_died(tmp_path: Path) -> None:
+    log = tmp_path / "reward-0.log"
+    log.write_text("ValueError: caught\nFatal Python error: Segmentation fault\n" + 60 * "  File x, line 1\n")
+    assert last_words(str(log), 0) == "; its log says: Fatal Python error: Segmentation fault"
+    start = log.stat().st_size
+    log.write_text(log.read_text() + "started anew\n")
+    assert "killed from outside" in last_words(str(log), start)
