@@ -32,7 +32,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.asynchrony import random_policy
+from benchmarks.asynchrony import MODEL, random_policy
 from benchmarks.machine import describe
 
 ROOT = Path(__file__).parents[1]
@@ -46,17 +46,7 @@ PROCESSES = {
     "experience": "ray::Experience",
 }
 MARK = "RLHF_DIST_CHAOS"
-#: Heads of 32: vLLM's attention on CPUs takes no smaller ones.
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.05,
-}
+CHAOS_MODEL = MODEL | {"max_position_embeddings": 128, "initializer_range": 0.05}
 OPTIONS = [
     "recipe=ppo",
     "model.architecture={}",
@@ -105,7 +95,7 @@ def processes(role: str, mark: str, value: str) -> list[psutil.Process]:
 
 def chaos(folder: Path, steps: int, kills: int, pause: float, batch: int, seed: int) -> dict[str, Any]:
     """The run, the kills, and both proofs."""
-    policy = random_policy(folder / "policy", MODEL)
+    policy = random_policy(folder / "policy", CHAOS_MODEL)
     options = [
         *OPTIONS,
         f"model.path={policy}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from typing import Any
 
 import fsspec
 from blake3 import blake3
+
+from rlhf_dist.observability.files import write_atomically
 
 MANIFEST = "manifest.json"
 #: Name of a file, relative to the folder, to its ``bytes`` and ``blake3``.
@@ -36,13 +37,7 @@ def seal(folder: str | Path, about: dict[str, Any], files: Files | None = None) 
     if not _is_local(fs):
         fs.pipe_file(f"{path}/{MANIFEST}", text.encode())
         return
-    # Renamed, so that nobody ever reads half a manifest.
-    partial = Path(path) / f"{MANIFEST}.partial"
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(Path(path) / MANIFEST)
+    write_atomically(Path(path) / MANIFEST, text)
 
 
 def describe(folder: Path, parts: Sequence[str] = ("",)) -> Files:
@@ -56,8 +51,7 @@ def describe(folder: Path, parts: Sequence[str] = ("",)) -> Files:
     for path in sorted(p for p in found if p.is_file() and p.name != MANIFEST):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        digest = blake3().update_mmap(path).hexdigest()
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "blake3": digest}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "blake3": _local_digest(path)}
     return files
 
 
@@ -132,9 +126,8 @@ def prune(root: str | Path, keep: int, keep_best: int = 0) -> None:
         kept |= {f for _, f in sorted((score, f) for score, f in scored if score is not None)[-keep_best:]}
     for folder in folders:
         if folder not in kept:
-            path = fs._strip_protocol(folder)
-            fs.rm_file(f"{path}/{MANIFEST}")
-            fs.rm(path, recursive=True)
+            fs.rm_file(f"{folder}/{MANIFEST}")
+            remove(folder)
 
 
 def remove(folder: str) -> None:
@@ -173,15 +166,6 @@ def local_copy(folder: str) -> Iterator[Path]:
         yield Path(staging)
 
 
-def free_bytes(folder: str) -> int | None:
-    """Free space where ``folder`` is or will be; None for an object store, which has no end."""
-    fs, path = fsspec.url_to_fs(folder)
-    if not _is_local(fs):
-        return None
-    place = next(p for p in (Path(path), *Path(path).parents) if p.exists())
-    return shutil.disk_usage(place).free
-
-
 def merged(parts: Sequence[Files]) -> Files:
     """The files of several writers."""
     return {name: about for part in parts for name, about in part.items()}
@@ -189,12 +173,16 @@ def merged(parts: Sequence[Files]) -> Files:
 
 def _digest(fs: Any, path: str) -> str:
     if _is_local(fs):
-        return blake3().update_mmap(path).hexdigest()
+        return _local_digest(path)
     digest = blake3()
     with fs.open(path, "rb") as file:
         while block := file.read(2**24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _local_digest(path: str | Path) -> str:
+    return blake3().update_mmap(path).hexdigest()
 
 
 def _is_local(fs: Any) -> bool:

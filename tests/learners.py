@@ -56,8 +56,8 @@ def spec_of(folders: Path, objective: str | None, ranks: int, stage: int, dtype:
 
 
 @contextmanager
-def running(spec: LearnerSpec) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(spec, "PACK", SECONDS).start()
+def running(spec: LearnerSpec, seconds: float = SECONDS) -> Iterator[LearnerGroup]:
+    group = LearnerGroup(spec, "PACK", seconds).start()
     try:
         group.wait_ready()
         yield group

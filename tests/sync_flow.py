@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from learners import running
 from sync_models import build
 from tiny import experience
 
@@ -54,12 +55,8 @@ def policy_group(folder: Path, cfg: Config, ranks: int, gpus: float, zero_stage:
         transport=cfg.weight_sync.transport,
         generator_workers=cfg.generator.tensor_parallel_size,
     )
-    group = LearnerGroup(spec, "PACK", SECONDS).start()
-    try:
-        group.wait_ready()
+    with running(spec, SECONDS) as group:
         yield group
-    finally:
-        group.release()
 
 
 @contextmanager
