@@ -1,6 +1,6 @@
 """Kills processes of a run at random, all through it; then shows that nothing was lost.
 
-    python -m benchmarks.chaos                          # 60 steps, 20 kills, about half an hour on two cores
+    python -m benchmarks.chaos                          # 60 steps, 20 kills, a quarter of an hour on two cores
     python -m benchmarks.chaos --steps 12 --kills 3     # in small
 
 GRPO with two generators, two learner ranks, a reward model and a reference. A process is killed with SIGKILL when the
