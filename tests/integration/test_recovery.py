@@ -85,7 +85,8 @@ def test_too_many_deaths_end_the_run_with_the_cause(start: Callable[..., Job], c
 
 
 @pytest.mark.parametrize(
-    "role", ["reference", *(pytest.param(r, marks=pytest.mark.slow) for r in ("generator", "policy", "reward"))]
+    "role",
+    ["reference", *(pytest.param(r, marks=pytest.mark.slow) for r in ("generator", "policy", "reward", "experience"))],
 )
 def test_a_process_that_is_stopped_is_named_and_replaced(role: str, start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *OPTIONS, "train.steps=2000", "run.wait_limit=30").wait_for_step(3)
