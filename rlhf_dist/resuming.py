@@ -54,6 +54,15 @@ def unfinished(folder: Path, cfg: Config) -> bool:
     return True
 
 
+def flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys of a tree, and its leaves; the elements of a list are numbered."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: v for name, part in tree.items() for k, v in flat(part, f"{key}.{name}" if key else str(name)).items()}
+
+
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted keys of two trees whose values differ, and both values; None where a tree has no such key."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

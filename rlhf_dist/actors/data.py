@@ -10,7 +10,7 @@ import ray
 from ray import ObjectRef
 
 from rlhf_dist.actors.waiting import wait_for
-from rlhf_dist.config import Config
+from rlhf_dist.config import CompareConfig, Config
 
 
 @ray.remote(num_cpus=0, num_returns=2)
@@ -50,13 +50,44 @@ def prepare_model(cfg: Config, folder: str) -> dict[str, Any]:
 
 
 @ray.remote(num_cpus=0)
-def _concatenate(chunks: list[ObjectRef]) -> pa.Table:
-    return pa.concat_tables(ray.get(chunks))
+def _write_samples(chunks: list[ObjectRef], prompts: pa.Table, tokenizer_dir: str, folder: str) -> None:
+    from rlhf_dist.data import compare
+    from rlhf_dist.data.tokenization import load_tokenizer
+
+    samples = compare.collect(pa.concat_tables(ray.get(chunks)), prompts, load_tokenizer(tokenizer_dir))
+    compare.write(samples, Path(folder) / compare.SAMPLES_FILE)
 
 
-def concatenate(chunks: list[ObjectRef]) -> ObjectRef:
-    """One table of several."""
-    return _concatenate.remote(chunks)
+def write_samples(chunks: list[ObjectRef], prompts: ObjectRef, tokenizer_dir: str, folder: str) -> None:
+    """The responses in rollouts, by prompt, into ``folder``."""
+    wait_for(_write_samples.remote(chunks, prompts, tokenizer_dir, folder), "writing samples")
+
+
+@ray.remote(num_cpus=0)
+def _ask_people(folder: str, cfg: CompareConfig, seed: int) -> int:
+    from rlhf_dist.data import compare
+
+    return compare.ask_people(Path(folder), cfg.pairs, seed)
+
+
+def ask_people(folder: str, cfg: CompareConfig, seed: int) -> int:
+    """Write what people are asked about the samples in ``folder``; returns the number of pairs."""
+    return wait_for(_ask_people.remote(folder, cfg, seed), "writing pairs")
+
+
+@ray.remote(num_cpus=0)
+def _compare_samples(folder: str, cfg: CompareConfig, seed: int, source: str) -> int:
+    from rlhf_dist.config.base import load_function
+    from rlhf_dist.data import compare
+
+    if cfg.by == "people":
+        return compare.by_people(Path(folder), source)
+    return compare.by_function(Path(folder), load_function(cfg.by or ""), cfg.pairs, cfg.label_noise, seed, source)
+
+
+def compare_samples(folder: str, cfg: CompareConfig, seed: int, source: str) -> int:
+    """Write the comparisons of the samples in ``folder``, with ``source`` in every row; returns the number of pairs."""
+    return wait_for(_compare_samples.remote(folder, cfg, seed, source), "comparing samples")
 
 
 @ray.remote(num_cpus=0)

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rlhf_dist.config.base import Section
 from rlhf_dist.config.data import DataConfig, LoRAConfig, ModelConfig, WorldConfig
+from rlhf_dist.config.pipeline import PipelineConfig, Recipe, Stage, StageConfig, resolve
 from rlhf_dist.config.ppo import (
     ADVANTAGE_ESTIMATORS,
     CORRECTION_BOUNDS,
@@ -47,11 +48,11 @@ from rlhf_dist.config.processes import (
 )
 from rlhf_dist.config.reward import RewardComponent, RewardConfig
 from rlhf_dist.config.stages import (
+    CompareConfig,
     DistillConfig,
     DPOConfig,
     EvalMetric,
     EvaluationConfig,
-    PipelineConfig,
     RewardModelConfig,
     SFTConfig,
     SupervisedConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "POLICY_LOSSES",
     "AlgoConfig",
     "ClusterConfig",
+    "CompareConfig",
     "Config",
     "CriticConfig",
     "DPOConfig",
@@ -86,6 +88,8 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "Section",
+    "Stage",
+    "StageConfig",
     "SupervisedConfig",
     "TrainConfig",
     "WeightSyncConfig",
@@ -96,7 +100,7 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "distill", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
+    recipe: Literal["sft", "distill", "compare", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
     """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
@@ -109,6 +113,7 @@ class Config(Section):
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     dpo: DPOConfig = Field(default_factory=DPOConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
@@ -123,13 +128,47 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """What the recipe runs, in order."""
+    def stages(self) -> tuple[Stage, ...]:
+        """What the run makes, in order."""
+        p = self.pipeline
         if self.recipe != "pipeline":
-            return (self.recipe,)
-        if self.pipeline.stages is not None:
-            return tuple(self.pipeline.stages)
-        return ("sft", "reward_model", "ppo") if self.trains_reward else ("sft", "ppo")
+            return resolve([StageConfig(recipe=self.recipe)])
+        if p.stages is not None:
+            return resolve(p.stages, p.round, p.rounds)
+        names: list[Recipe] = ["sft"]
+        if self.trains_reward:
+            names += ["compare", "reward_model"] if self.compare.by else ["reward_model"]
+        return resolve([StageConfig(recipe=name) for name in (*names, "ppo")], p.round, p.rounds)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Those of the stages, in order."""
+        return tuple(stage.recipe for stage in self.stages)
+
+    def of(self, stage: Stage) -> Config:
+        """The config as it is in a stage, whose own keys are set.
+
+        Raises:
+            ValueError: they make no valid config; names the stage.
+        """
+        if not stage.set:
+            return self
+        tree = self.model_dump(mode="json")
+        for one in [*(tree["pipeline"]["stages"] or []), *tree["pipeline"]["round"]]:
+            one["set"] = {}
+        for key, value in stage.set.items():
+            *path, last = key.split(".")
+            node = tree
+            for part in path:
+                node = node.get(part) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise ValueError(f"pipeline: stage {stage.name} sets {key}, and there is no such key")
+            node[last] = value
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+            raise ValueError(f"pipeline: what stage {stage.name} sets is not valid: {faults}") from None
 
     @property
     def trains_reward(self) -> bool:
@@ -137,16 +176,8 @@ class Config(Section):
         return any(c.model == "trained" for c in self.reward.components)
 
     @property
-    def samples_comparisons(self) -> bool:
-        """Only the embedded world can label new samples; elsewhere comparisons come from the data."""
-        learns = "reward_model" in self.stages or "dpo" in self.stages
-        return (
-            self.recipe == "pipeline" and learns and self.data.format == "world" and self.data.world.sampled_pairs > 0
-        )
-
-    @property
     def runs_ppo(self) -> bool:
-        return "ppo" in self.stages
+        return "ppo" in self.recipes
 
     @property
     def uses_critic(self) -> bool:
@@ -200,29 +231,35 @@ class Config(Section):
         return self
 
     def _check_stages(self) -> None:
-        stages = self.stages
-        if not stages or len(set(stages)) < len(stages):
-            raise ValueError(f"pipeline.stages={list(stages)}: give at least one stage, and each only once")
-        before_ppo = stages[: stages.index("ppo")] if "ppo" in stages else ("reward_model",)
-        if self.recipe == "pipeline" and self.trains_reward and "reward_model" not in before_ppo:
+        stages, recipes = self.stages, self.recipes
+        if not stages:
+            raise ValueError("pipeline.stages is empty: give at least one stage")
+        names = [stage.name for stage in stages]
+        for stage in stages:
+            if self.recipe == "pipeline" and stage.recipe == "ppo" and self.trains_reward and stage.reward is None:
+                raise ValueError(
+                    f"pipeline.stages={names}: {stage.name} needs the reward model that reward.components asks for "
+                    "(`model: trained`); put reward_model before it, or give its folder"
+                )
+            if stage.recipe == "compare" and self.of(stage).compare.by is None:
+                raise ValueError(f"pipeline.stages={names}: compare.by must say who compares what {stage.name} samples")
+            self.of(stage)
+        sets_reward = any(key.startswith("reward.components") for stage in stages for key in stage.set)
+        if "reward_model" in recipes and "ppo" in recipes and not (self.trains_reward or sets_reward):
             raise ValueError(
-                f"pipeline.stages={list(stages)}: ppo needs the reward model that reward.components asks for "
-                "(`model: trained`); put reward_model before it, or give its folder"
-            )
-        if "reward_model" in stages and "ppo" in stages and not self.trains_reward:
-            raise ValueError(
-                f"pipeline.stages={list(stages)} trains a reward model that nobody uses: no component of "
+                f"pipeline.stages={names} trains a reward model that nobody uses: no component of "
                 "reward.components is `model: trained`"
             )
-        if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
+        comparing = any(stage.comparisons for stage in stages)
+        if "dpo" in recipes and not comparing and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
         d = self.distill
-        if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
+        if "distill" in recipes and not (d.context or d.teacher or d.from_scratch):
             raise ValueError(
                 "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
                 "give distill.context, distill.teacher or distill.from_scratch=true"
             )
-        if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
+        if self.reward_model.loss == "kwise" and "reward_model" in recipes and self.data.format != "world":
             raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
 
     def _check_ppo(self) -> None:

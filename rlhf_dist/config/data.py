@@ -88,15 +88,13 @@ class WorldConfig(Section):
 
     demonstrations: PositiveInt = 24000
     """Imperfect demonstrations for SFT."""
-    comparisons: PositiveInt = 16000
-    """Preference pairs for the reward model."""
+    comparisons: PositiveInt = 8000
+    """Preference pairs of responses like the demonstrations, for the reward model."""
     prompts: PositiveInt = 4096
     """Training prompts for PPO."""
     test_prompts: PositiveInt = 512
     """Held-out prompts, with arguments that never occur in training."""
     label_noise: Fraction = 0.1
     """Share of preference labels that are flipped."""
-    sampled_pairs: Fraction = 0.5
-    """Share of the pairs whose responses are sampled from the SFT policy; the rest come from demonstrations."""
     ranked_responses: Annotated[int, Field(ge=2)] = 4
     """K of ``reward_model.loss: kwise``; ``comparisons`` counts the pairs, K(K-1)/2 for each ranking."""

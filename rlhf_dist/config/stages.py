@@ -1,4 +1,4 @@
-"""The stages beside PPO: SFT, reward model, DPO, evaluation, and the pipeline of them."""
+"""The stages beside PPO: SFT, distillation, comparisons, reward model, DPO, evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf_dist.config.base import Section
+from rlhf_dist.config.base import Fraction, Section, is_function
 from rlhf_dist.config.processes import LearnerConfig, OptimConfig
 
 
@@ -78,12 +78,29 @@ class DistillConfig(SupervisedConfig):
     """The teacher's most likely tokens that are kept for each position; all others are one class."""
 
 
-class PipelineConfig(Section):
-    """The stages of recipe pipeline."""
+class CompareConfig(Section):
+    """Comparisons of what the policy samples now."""
 
-    stages: list[Literal["sft", "distill", "reward_model", "ppo", "dpo"]] | None = None
-    """In order, each from the result of the one before. Default: sft, reward_model where a component of the reward is
-    ``model: trained``, ppo."""
+    prompts: PositiveInt = 4096
+    """Training prompts that are sampled, at most."""
+    n_samples_per_prompt: Annotated[int, Field(ge=2)] = 4
+    """Responses to each."""
+    pairs: PositiveInt | None = None
+    """Pairs that are compared, at most; spread evenly over the prompts. Default: all pairs of each prompt."""
+    by: str | None = None
+    """Who compares; without it nothing is compared. people: the pairs are written to ``to_compare.jsonl`` in the
+    stage's folder, and the run ends until ``compared.jsonl`` lies beside it. Or ``package.module:function``, called as
+    a reward function: the higher number is the better response, and equal ones are no pair."""
+    label_noise: Fraction = 0.0
+    """Share of a function's answers that are turned around."""
+
+    @model_validator(mode="after")
+    def _by(self) -> CompareConfig:
+        if self.by not in (None, "people") and not is_function(self.by):
+            raise ValueError(f"by must be `people` or read package.module:function, got {self.by!r}")
+        if self.label_noise and self.by in (None, "people"):
+            raise ValueError(f"label_noise={self.label_noise} is for a function in `by`; people make their own")
+        return self
 
 
 class EvalMetric(Section):

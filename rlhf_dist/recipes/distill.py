@@ -25,7 +25,7 @@ ROWS_PER_CALL = 1024
 
 
 def distill(run: Run, model_path: str) -> str:
-    """Returns the folder of the student, ``distill/`` in the run folder."""
+    """Returns the folder of the student."""
     cfg = run.cfg.distill
     table, report = load_table("distillation", run.cfg, run.tokenizer_dir)
     run.note_rows("demonstrations", report)
@@ -44,10 +44,10 @@ def distill(run: Run, model_path: str) -> str:
 
     student = run.model_path if cfg.from_scratch else model_path
     learner = supervised.learner(run, "distill", student, cfg, rows, head="policy", objective="distill")
-    last = supervised.train(run, "distill", learner, table, cfg, rows, show="lr")
-    run.summary.set("distill.loss", last["loss"])
-    run.summary.set("distill.demonstrations", rows)
-    learner.export(run.path("distill"), run.tokenizer_dir)
+    last = supervised.train(run, learner, table, cfg, rows, show="lr")
+    run.summary.set(f"{run.stage.label}.loss", last["loss"])
+    run.summary.set(f"{run.stage.label}.demonstrations", rows)
+    learner.export(run.result, run.tokenizer_dir)
     run.collect_spans()
     run.finish_stage()
-    return run.path("distill")
+    return run.result

@@ -178,7 +178,7 @@ def evaluation_metrics(run: Run) -> ScorerGroup | None:
 def experience(run: Run) -> ExperienceGroup:
     """The process that joins a batch."""
     cfg = run.cfg
-    folder = run.path("rollouts") if cfg.run.save_rollouts else None
+    folder = run.beside("rollouts") if cfg.run.save_rollouts else None
     return ExperienceGroup(
         cfg.algo,
         cfg.reward,

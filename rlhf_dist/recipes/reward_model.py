@@ -7,6 +7,7 @@ Source: Ouyang et al., 2203.02155; Bai et al., 2204.05862.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -18,28 +19,28 @@ from rlhf_dist.recipes import supervised
 from rlhf_dist.run import Run
 
 
-def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) -> str:
-    """Train from ``model_path``; returns the folder of the result, ``reward_model/`` in the run folder.
+def reward_model(run: Run, model_path: str, compared: Sequence[str] = ()) -> str:
+    """Train from ``model_path``; returns the folder of the result.
 
     Args:
-        sampled: rollouts of the SFT policy, of which the embedded world makes a part of its pairs.
+        compared: folders of comparisons that are learnt beside those of the data.
     """
     cfg = run.cfg.reward_model
     kind = "rankings" if cfg.loss == "kwise" else "comparisons"
-    table, report = load_table(kind, run.cfg, run.tokenizer_dir, "train", cfg.max_length, sampled)
+    table, report = load_table(kind, run.cfg, run.tokenizer_dir, "train", cfg.max_length, compared)
     run.note_rows(kind, report)
     test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
     run.note_rows("held-out comparisons", test_report)
     rows = report["rows"]
     start = cfg.path or model_path
     learner = supervised.learner(run, "reward_model", start, cfg, rows, head="scalar", objective=cfg.loss)
-    supervised.train(run, "reward_model", learner, table, cfg, rows, show="accuracy")
-    run.summary.set(f"reward_model.{kind}", rows)
+    supervised.train(run, learner, table, cfg, rows, show="accuracy")
+    run.summary.set(f"{run.stage.label}.{kind}", rows)
     report_accuracy(run, learner, test)
-    learner.export(run.path("reward_model"), run.tokenizer_dir)
+    learner.export(run.result, run.tokenizer_dir)
     run.collect_spans()
     run.finish_stage()
-    return run.path("reward_model")
+    return run.result
 
 
 def report_accuracy(run: Run, learner: LearnerGroup, test: ObjectRef) -> None:
@@ -51,9 +52,9 @@ def report_accuracy(run: Run, learner: LearnerGroup, test: ObjectRef) -> None:
         accuracy, baseline = pc.mean(part["correct"]).as_py(), pc.mean(part["longer_wins"]).as_py()
         rows.append([source, part.num_rows, accuracy, baseline])
         key = "" if source == "all" else f".by_source.{source.replace('.', '_') or 'unknown'}"
-        run.summary.set(f"reward_model{key}.accuracy", accuracy)
-        run.summary.set(f"reward_model{key}.longer_wins", baseline)
-        run.summary.set(f"reward_model{key}.pairs", part.num_rows)
+        run.summary.set(f"{run.stage.label}{key}.accuracy", accuracy)
+        run.summary.set(f"{run.stage.label}{key}.longer_wins", baseline)
+        run.summary.set(f"{run.stage.label}{key}.pairs", part.num_rows)
     if len(rows) == 2:  # one source only: its row says nothing new
         rows.pop()
     run.terminal.table("Reward model on held-out pairs", ["source", "pairs", "accuracy", "longer answer wins"], rows)

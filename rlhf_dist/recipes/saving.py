@@ -47,7 +47,8 @@ class Saver:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.root = run.cfg.run.checkpoint_dir or run.path("checkpoints")
+        elsewhere = run.cfg.run.checkpoint_dir
+        self.root = f"{elsewhere}/{run.stage.parent}".removesuffix("/.") if elsewhere else run.beside("checkpoints")
         self._thread: threading.Thread | None = None
         self._figures: dict[str, float] = {}
 

@@ -58,14 +58,14 @@ def learner(
 
 
 def train(
-    run: Run, stage: str, learner: LearnerGroup, table: ObjectRef, cfg: SupervisedConfig, rows: int, show: str
+    run: Run, learner: LearnerGroup, table: ObjectRef, cfg: SupervisedConfig, rows: int, show: str
 ) -> dict[str, float]:
     """Train on ``table``; one call is always in flight while the next is queued. Returns the last call's means.
 
     Args:
         show: the metric beside the loss on the bar.
     """
-    steps = total_steps(rows, cfg.batch_size, cfg.epochs)
+    stage, steps = run.stage.label, total_steps(rows, cfg.batch_size, cfg.epochs)
     batches = minibatches(rows, cfg.batch_size, steps, [run.cfg.seed])
     calls = [batches[i : i + STEPS_PER_CALL] for i in range(0, steps, STEPS_PER_CALL)]
     in_flight: list[PendingStats] = []
