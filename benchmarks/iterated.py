@@ -91,5 +91,10 @@ def show(runs: list[dict[str, Any]]) -> None:
     Console(width=140).print(table)
 
 
+def means(runs: list[dict[str, Any]], key: str) -> list[float]:
+    """Over the seeds, after each round."""
+    return [statistics.mean(values) for values in zip(*(r[key] for r in runs), strict=True)]
+
+
 if __name__ == "__main__":
     main()

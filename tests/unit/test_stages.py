@@ -18,7 +18,8 @@ def test_the_default_and_a_recipe_alone() -> None:
     stages = planned()
     assert list(stages) == ["sft", "comparisons", "reward_model", "policy"]
     assert [s.label for s in stages.values()] == ["sft", "compare", "reward_model", "ppo"]
-    assert stages["sft"].start is None and stages["comparisons"].start == "sft"
+    assert stages["sft"].start is None
+    assert stages["comparisons"].start == "sft"
     assert stages["reward_model"] == Stage("reward_model", "reward_model", "sft", comparisons=("comparisons",))
     assert stages["policy"] == Stage("ppo", "policy", "sft", reward="reward_model", reference="sft")
     assert "comparisons" not in planned("compare={by: null, label_noise: 0}"), "nobody compares"
@@ -38,7 +39,7 @@ def test_rounds_go_on_with_the_newest_policy_and_stay_near_the_first() -> None:
     assert stages["round_3/reward_model"].comparisons == tuple(f"round_{i}/comparisons" for i in (1, 2, 3))
     assert [stages[f"round_{i}/policy"].reward for i in (1, 2)] == ["round_1/reward_model", "round_2/reward_model"]
     assert [s.round for s in stages.values()] == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert stages["round_2/policy"].parent == "round_2" and stages["sft"].parent == "."
+    assert (stages["round_2/policy"].parent, stages["sft"].parent) == ("round_2", ".")
 
 
 def test_a_stage_has_keys_of_its_own() -> None:
@@ -51,7 +52,7 @@ def test_a_stage_has_keys_of_its_own() -> None:
     )
     test, train = cfg.stages[1:3]
     assert (cfg.of(test).reward_model.epochs, cfg.of(test).seed) == (2, 7)
-    assert cfg.of(train) is cfg and cfg.seed == 0
+    assert cfg.of(train) is cfg
     assert cfg.stages[3].inputs == ("sft", "reward_model")
 
 
@@ -83,7 +84,7 @@ def test_inputs_are_looked_for_in_the_own_round_first() -> None:
             "what stage dpo sets is not valid: dpo.epochs .*greater than 0",
         ),
         ("[sft, ppo]", "policy needs the reward model that reward.components asks for"),
-        ("[sft, tfs]", "Input should be 'sft', 'distill'|input should be 'sft', 'distill'"),
+        ("[sft, tfs]", "input should be 'sft', 'distill'"),
         ("[{recipe: sft, name: ../x}]", "string should match pattern"),
     ],
 )
@@ -93,9 +94,9 @@ def test_what_cannot_be_made_is_said(stages: str, message: str) -> None:
 
 
 def test_compare_needs_somebody_who_compares() -> None:
-    with pytest.raises(ConfigError, match="compare.by must say who compares what comparisons samples"):
+    with pytest.raises(ConfigError, match=r"compare\.by must say who compares what comparisons samples"):
         load(None, ["pipeline.stages=[sft,compare]", "compare={by: null, label_noise: 0}"])
-    with pytest.raises(ConfigError, match="by must be `people` or read package.module:function"):
+    with pytest.raises(ConfigError, match=r"by must be `people` or read package\.module:function"):
         load(None, ["compare.by=gold"])
-    with pytest.raises(ConfigError, match="people; they|people make their own"):
+    with pytest.raises(ConfigError, match="people make their own"):
         load(None, ["compare.by=people"])
