@@ -79,11 +79,18 @@ def find(root: Path, name: str, wanted: dict[str, Any]) -> Path | None:
     """The newest result ``name`` of another run under ``root``, from the same inputs with the same code."""
     found = sorted(root.glob(f"*/{name}/{checkpoint.MANIFEST}"), key=os.path.getmtime, reverse=True)
     for manifest in found:
-        about = json.loads(manifest.read_text())
-        same = about.get("made_with") == made_with() and not differences(about["inputs"], wanted)
-        if same:
+        about = _manifest(manifest)
+        if about.get("made_with") == made_with() and not differences(about["inputs"], wanted):
             return manifest.parent
     return None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Empty where it is damaged: a result of another run that nobody has to take."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return {}
 
 
 def take_over(source: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ Batch sizes, once and for all:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -158,7 +158,7 @@ class Config(Section):
             one["set"] = {}
         for key, value in stage.set.items():
             *path, last = key.split(".")
-            node = tree
+            node: Any = tree
             for part in path:
                 node = node.get(part) if isinstance(node, dict) else None
             if not isinstance(node, dict):

@@ -150,7 +150,7 @@ def _resolved(cfg: StageConfig, before: Sequence[Stage], round_number: int) -> S
             sources = tuple(stage.name for stage in before if stage.recipe == "compare")
         else:
             sources = tuple(str(find("comparisons", source, ("compare",))) for source in cfg.comparisons)
-    own = POLICIES
+    own: tuple[str, ...] = POLICIES
     if cfg.recipe == "reward_model":
         own = (*SUPERVISED, "reward_model") if cfg.start else SUPERVISED
     start = find("start", cfg.start, own)
