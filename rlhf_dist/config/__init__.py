@@ -24,7 +24,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf_dist.config.base import Section
-from rlhf_dist.config.data import DataConfig, LoRAConfig, ModelConfig, WorldConfig
+from rlhf_dist.config.data import (
+    COMPARISON_FORMATS,
+    RANKING_FORMATS,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    WorldConfig,
+)
 from rlhf_dist.config.ppo import (
     ADVANTAGE_ESTIMATORS,
     CORRECTION_BOUNDS,
@@ -59,9 +66,11 @@ from rlhf_dist.config.stages import (
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
+    "COMPARISON_FORMATS",
     "CORRECTION_BOUNDS",
     "GROUP_ESTIMATORS",
     "POLICY_LOSSES",
+    "RANKING_FORMATS",
     "AlgoConfig",
     "ClusterConfig",
     "Config",
@@ -214,16 +223,32 @@ class Config(Section):
                 f"pipeline.stages={list(stages)} trains a reward model that nobody uses: no component of "
                 "reward.components is `model: trained`"
             )
-        if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
+        self._check_comparisons()
         d = self.distill
         if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
             raise ValueError(
                 "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
                 "give distill.context, distill.teacher or distill.from_scratch=true"
             )
-        if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
-            raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
+
+    def _check_comparisons(self) -> None:
+        stages, rm, found = self.stages, self.reward_model, self.data.format
+        for stage in ("reward_model", "dpo"):
+            if stage in stages and found not in COMPARISON_FORMATS:
+                raise ValueError(
+                    f"{stage} learns from comparisons, and data.format={found} has none; formats that do: "
+                    f"{', '.join(COMPARISON_FORMATS)}"
+                )
+        if "reward_model" in stages and rm.loss == "kwise" and found not in RANKING_FORMATS:
+            raise ValueError(
+                f"reward_model.loss=kwise needs rankings, and data.format={found} has none; formats that do: "
+                f"{', '.join(RANKING_FORMATS)}"
+            )
+        if "dpo" in stages and (rm.ties, rm.labels, rm.binarize) != ("drop", "majority", False):
+            raise ValueError(
+                f"reward_model.ties={rm.ties}, labels={rm.labels}, binarize={str(rm.binarize).lower()}: dpo reads the "
+                "same pairs and needs the better side of each; use drop, majority and false"
+            )
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:
@@ -267,11 +292,6 @@ class Config(Section):
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
-        if self.trains_reward and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(
-                f"reward.components: `model: trained` needs comparisons, and data.format={self.data.format} has none; "
-                "give a function, a url or the folder of a reward model"
-            )
         if self.recipe == "ppo" and self.trains_reward:
             raise ValueError(
                 "reward.components: `model: trained` is the reward model of a pipeline; recipe ppo trains none. "

@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_dist.data import labels
 from rlhf_dist.data.world_families import FAMILIES, REFUSAL, TOOLS, Split, Task, draw_tasks, universe
 
 POLITE = ("sure !", "of course !", "happy to help !")
@@ -142,11 +143,12 @@ def make_rankings(
     label_noise: float,
     sampled: Sequence[tuple[dict[str, Any], Sequence[str]]] | None = None,
 ) -> list[dict[str, Any]]:
-    """At most ``n`` prompts with ``k`` different responses, ranked by the gold score (0 is best, equal scores tie).
+    """At most ``n`` prompts with ``k`` different responses, compared by the gold score (equal scores tie).
 
     In a share ``label_noise`` of them two responses change places. With ``sampled`` the responses are taken from
     there, each prompt once, where it has ``k`` different ones; otherwise they are like the demonstrations. Rows:
-    a prompt's row with ``responses`` and ``ranks``. Rankings where all tie are dropped.
+    a prompt's row with ``responses`` and ``preferences`` (:mod:`rlhf_dist.data.labels`); where all tie it is
+    left out.
     """
     rng = random.Random(f"{seed} rankings {'demonstrations' if sampled is None else 'sampled'}")
     if sampled is None:
@@ -161,8 +163,7 @@ def make_rankings(
         if rng.random() < label_noise:
             i, j = rng.sample(range(k), 2)
             scores[i], scores[j] = scores[j], scores[i]
-        best_first = sorted(set(scores), reverse=True)
-        rows.append(row | {"responses": responses, "ranks": [float(best_first.index(s)) for s in scores]})
+        rows.append(row | {"responses": responses, "preferences": labels.by_score(scores)})
     return rows[:n]
 
 

@@ -365,7 +365,8 @@ BROKEN_FILES = [
     (
         "DPO without comparisons",
         "{pipeline: {stages: [sft, dpo]}, data: {format: gsm8k, train: a.jsonl}}",
-        "{file}: dpo learns from comparisons, and data.format=gsm8k has none",
+        "{file}: dpo learns from comparisons, and data.format=gsm8k has none; formats that do: world, hh, preferences, "
+        "rankings, qa_feedback, voted",
     ),
     (
         "a teacher that knows nothing more",
@@ -376,7 +377,25 @@ BROKEN_FILES = [
     (
         "K-wise without rankings",
         "{reward_model: {loss: kwise}, data: {format: hh, train: a.jsonl}}",
-        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none",
+        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none; formats that do: world, "
+        "rankings, qa_feedback, voted",
+    ),
+    (
+        "a reward model without comparisons",
+        "{recipe: reward_model, data: {format: instructions, train: a.jsonl}}",
+        "{file}: reward_model learns from comparisons, and data.format=instructions has none; formats that do: world, "
+        "hh, preferences, rankings, qa_feedback, voted",
+    ),
+    (
+        "DPO of ties",
+        "{pipeline: {stages: [sft, dpo]}, reward_model: {ties: learn}}",
+        "{file}: reward_model.ties=learn, labels=majority, binarize=false: dpo reads the same pairs and needs the "
+        "better side of each; use drop, majority and false",
+    ),
+    (
+        "K-wise with tags",
+        "reward_model: {loss: kwise, binarize: true}",
+        "{file}: reward_model: binarize=true compares a response with itself under another tag: use loss=pairwise",
     ),
     (
         "a penalty longer than the response",
