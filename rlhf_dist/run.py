@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +94,7 @@ class Run:
         (self.folder / "config.yaml").write_text(dump(self.cfg))
         self.summary.set("recipe", self.cfg.recipe)
         self.summary.set("rows_skipped", 0)
+        self.summary.set("row_faults", {})
         self.summary.set("failed_batch", None)
         self.summary.write(self.path("summary.json"))
         waiting.limit = self.cfg.run.wait_limit
@@ -287,10 +289,19 @@ class Run:
             )
 
     def note_rows(self, what: str, report: dict[str, Any]) -> None:
-        """Report what a reader left out: on the terminal, and in ``rows_skipped``."""
+        """Report what a reader left out: on the terminal, and in ``rows_skipped`` and ``row_faults``."""
         if report.get("skipped"):
-            self.summary.set("rows_skipped", self.summary.get("rows_skipped") + report["skipped"])
-            self.terminal.warn(f"{what}: {report['skipped']} faulty rows skipped, the first: {report['messages'][0]}")
+            faults = Counter(self.summary.get("row_faults", {})) + Counter(report["faults"])
+            self.summary.set("row_faults", dict(faults))
+            self.summary.set("rows_skipped", faults.total())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in report["faults"].items())
+            self.terminal.warn(
+                f"{what}: {report['skipped']} faulty rows skipped: {kinds}; the first: {report['messages'][0]}"
+            )
+        if report.get("tied"):
+            self.terminal.info(f"{what}: {report['tied']} pairs left out, neither side is better")
+        if report.get("no_pair"):
+            self.terminal.info(f"{what}: {report['no_pair']} prompts left out, no pair of their responses is left")
         if report.get("too_long"):
             self.terminal.info(f"{what}: {report['too_long']} rows left out, longer than the limit")
 

@@ -21,10 +21,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from rlhf_dist.config.base import Section
-from rlhf_dist.config.data import DataConfig, LoRAConfig, ModelConfig, WorldConfig
+from rlhf_dist.config.data import (
+    COMPARISON_FORMATS,
+    RANKING_FORMATS,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    WorldConfig,
+)
 from rlhf_dist.config.pipeline import PipelineConfig, Recipe, Stage, StageConfig, resolve
 from rlhf_dist.config.ppo import (
     ADVANTAGE_ESTIMATORS,
@@ -60,9 +67,11 @@ from rlhf_dist.config.stages import (
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
+    "COMPARISON_FORMATS",
     "CORRECTION_BOUNDS",
     "GROUP_ESTIMATORS",
     "POLICY_LOSSES",
+    "RANKING_FORMATS",
     "AlgoConfig",
     "ClusterConfig",
     "CompareConfig",
@@ -155,20 +164,21 @@ class Config(Section):
             return self
         tree = self.model_dump(mode="json")
         for one in [*(tree["pipeline"]["stages"] or []), *tree["pipeline"]["round"]]:
-            one["set"] = {}
+            if isinstance(one, dict):
+                one.pop("set", None)
         for key, value in stage.set.items():
             *path, last = key.split(".")
             node: Any = tree
             for part in path:
                 node = node.get(part) if isinstance(node, dict) else None
             if not isinstance(node, dict):
-                raise ValueError(f"pipeline: stage {stage.name} sets {key}, and there is no such key")
+                raise ValueError(f"pipeline.stages: stage {stage.name} sets {key}, and there is no such key")
             node[last] = value
         try:
-            return Config.model_validate(tree)
+            return Config.model_validate(tree, context={"stage": stage.name})
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-            raise ValueError(f"pipeline: what stage {stage.name} sets is not valid: {faults}") from None
+            raise ValueError(f"pipeline.stages: what stage {stage.name} sets is not valid: {faults}") from None
 
     @property
     def trains_reward(self) -> bool:
@@ -215,7 +225,7 @@ class Config(Section):
         return self.train.epochs * (self.samples_per_step // self.train.batch_size)
 
     @model_validator(mode="after")
-    def _contradictions(self) -> Config:
+    def _contradictions(self, info: ValidationInfo) -> Config:
         if self.model.path is None and not self.model.architecture:
             raise ValueError("model.path and model.architecture are both empty: give a model, or say what to build")
         if self.model.path is not None and self.model.architecture:
@@ -224,43 +234,70 @@ class Config(Section):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
         if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
             raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
-        self._check_stages()
-        if self.runs_ppo:
-            self._check_ppo()
+        if not info.context:  # else this is the config of one stage
+            self._check_stages()
         self._check_devices()
         return self
 
     def _check_stages(self) -> None:
+        """What must hold between stages, and in each of them."""
         stages, recipes = self.stages, self.recipes
+        names = [stage.name for stage in stages]
         if not stages:
             raise ValueError("pipeline.stages is empty: give at least one stage")
-        names = [stage.name for stage in stages]
+        trains_reward = False
         for stage in stages:
-            if self.recipe == "pipeline" and stage.recipe == "ppo" and self.trains_reward and stage.reward is None:
+            own = self.of(stage)
+            own._check_stage(stage)
+            trains_reward |= stage.recipe == "ppo" and own.trains_reward
+            if self.recipe == "pipeline" and stage.recipe == "ppo" and own.trains_reward and stage.reward is None:
                 raise ValueError(
                     f"pipeline.stages={names}: {stage.name} needs the reward model that reward.components asks for "
                     "(`model: trained`); put reward_model before it, or give its folder"
                 )
-            if stage.recipe == "compare" and self.of(stage).compare.by is None:
-                raise ValueError(f"pipeline.stages={names}: compare.by must say who compares what {stage.name} samples")
-            self.of(stage)
-        sets_reward = any(key.startswith("reward.components") for stage in stages for key in stage.set)
-        if "reward_model" in recipes and "ppo" in recipes and not (self.trains_reward or sets_reward):
+        if "reward_model" in recipes and "ppo" in recipes and not trains_reward:
             raise ValueError(
                 f"pipeline.stages={names} trains a reward model that nobody uses: no component of "
                 "reward.components is `model: trained`"
             )
-        comparing = any(stage.comparisons for stage in stages)
-        if "dpo" in recipes and not comparing and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
-        d = self.distill
-        if "distill" in recipes and not (d.context or d.teacher or d.from_scratch):
+
+    def _check_stage(self, stage: Stage) -> None:
+        """What must hold in one stage, whose own keys are set."""
+        match stage.recipe:
+            case "compare":
+                if self.compare.by is None:
+                    raise ValueError(f"compare.by must say who compares what {stage.name} samples")
+            case "distill":
+                d = self.distill
+                if not (d.context or d.teacher or d.from_scratch):
+                    raise ValueError(
+                        "distill: teacher and student are the same model and read the same text, so there is nothing "
+                        "to learn; give distill.context, distill.teacher or distill.from_scratch=true"
+                    )
+            case "reward_model" | "dpo":
+                self._check_comparisons(stage)
+            case "ppo":
+                self._check_ppo()
+
+    def _check_comparisons(self, stage: Stage) -> None:
+        rm, found = self.reward_model, self.data.format
+        if found not in COMPARISON_FORMATS and not stage.comparisons:
             raise ValueError(
-                "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
-                "give distill.context, distill.teacher or distill.from_scratch=true"
+                f"{stage.recipe} learns from comparisons, and data.format={found} has none; formats that do: "
+                f"{', '.join(COMPARISON_FORMATS)}"
             )
-        if self.reward_model.loss == "kwise" and "reward_model" in recipes and self.data.format != "world":
-            raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
+        if stage.recipe == "reward_model" and rm.loss == "kwise" and found not in RANKING_FORMATS:
+            raise ValueError(
+                f"reward_model.loss=kwise needs rankings, and data.format={found} has none; formats that do: "
+                f"{', '.join(RANKING_FORMATS)}"
+            )
+        if rm.binarize and stage.comparisons:
+            raise ValueError(f"reward_model.binarize is for the data; {stage.name} also learns {stage.comparisons}")
+        if stage.recipe == "dpo" and (rm.ties, rm.labels, rm.binarize) != ("drop", "majority", False):
+            raise ValueError(
+                f"reward_model.ties={rm.ties}, labels={rm.labels}, binarize={str(rm.binarize).lower()}: dpo reads the "
+                "same pairs and needs the better side of each; use drop, majority and false"
+            )
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:
@@ -304,11 +341,6 @@ class Config(Section):
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
-        if self.trains_reward and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(
-                f"reward.components: `model: trained` needs comparisons, and data.format={self.data.format} has none; "
-                "give a function, a url or the folder of a reward model"
-            )
         if self.recipe == "ppo" and self.trains_reward:
             raise ValueError(
                 "reward.components: `model: trained` is the reward model of a pipeline; recipe ppo trains none. "

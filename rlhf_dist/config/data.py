@@ -57,16 +57,34 @@ class ModelConfig(Section):
     """Allow code from the model's repository to run. Off unless you read that code."""
 
 
+#: Values of ``data.format`` whose rows hold responses that people compared, and those with more than two to a prompt.
+COMPARISON_FORMATS = ("world", "hh", "preferences", "rankings", "qa_feedback", "voted")
+RANKING_FORMATS = ("world", "rankings", "qa_feedback", "voted")
+
+
 class DataConfig(Section):
     """Where prompts, demonstrations and comparisons come from."""
 
-    format: Literal["world", "hh", "messages", "preferences", "prompts", "gsm8k"] = "world"
+    format: Literal[
+        "world",
+        "hh",
+        "messages",
+        "instructions",
+        "preferences",
+        "rankings",
+        "qa_feedback",
+        "voted",
+        "prompts",
+        "gsm8k",
+    ] = "world"
     """world: the embedded miniature world. hh: `chosen`/`rejected` transcripts. messages: chat JSONL.
-    preferences: `prompt`/`chosen`/`rejected`. prompts: one `prompt` a row. gsm8k: `question`/`answer`."""
+    instructions: `instruction`/`input`/`output`. preferences: `prompt`/`chosen`/`rejected`. rankings: `responses`, best
+    first. qa_feedback: four `prediction`s with pair labels. voted: `answers` with `votes`. prompts: one `prompt` a row.
+    gsm8k: `question`/`answer`."""
     dir: str | None = None
     """Folder of the files below; or ``hub:NAME[:SUBSET]``: the splits train and test of a hub dataset are read then."""
     train: str | None = None
-    """Training file inside ``dir`` (.jsonl, .jsonl.gz, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
+    """Training file in ``dir`` (.jsonl, .jsonl.gz, .json, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
     test: str | None = None
     """Held-out file, same forms. Its prompts are never trained on."""
     pretrain: str | None = None
@@ -74,7 +92,7 @@ class DataConfig(Section):
     chat_template: str | None = None
     """Jinja template; by default the tokenizer's own, or the plain `Human:`/`Assistant:` form of HH."""
     on_bad_row: Literal["skip", "fail"] = "skip"
-    """A faulty row is skipped, counted and reported with file and line, or stops the run."""
+    """A faulty row is skipped, counted by its fault and reported with file and line, or stops the run."""
     max_rows: PositiveInt | None = None
     """Read at most so many rows of each file."""
     shuffle: bool = True

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from rlhf_dist.config.base import Section
 
@@ -53,6 +60,12 @@ class StageConfig(Section):
             if key.partition(".")[0] in ("pipeline", "recipe", "run", "cluster"):
                 raise ValueError(f"set: {key} belongs to the whole run, not to one stage")
         return self
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: SerializerFunctionWrapHandler) -> Any:
+        """What was given; a recipe's name where that is all."""
+        given = {key: value for key, value in dump(self).items() if value not in (None, {})}
+        return self.recipe if len(given) == 1 else given
 
 
 Stages = list[Annotated[StageConfig, BeforeValidator(_named)]]
@@ -120,11 +133,11 @@ def resolve(stages: Sequence[StageConfig], repeated: Sequence[StageConfig] = (),
     for number, stage in enumerate(planned):
         for other in planned[:number]:
             if other.name == stage.name:
-                raise ValueError(f"pipeline: two stages are called {stage.name}; give one of them another `name`")
+                raise ValueError(f"pipeline.stages: two stages are called {stage.name}; give one another `name`")
             if other.recipe == stage.recipe == "ppo" and other.parent == stage.parent:
                 raise ValueError(
-                    f"pipeline: the checkpoints of {other.name} and {stage.name} would lie in one folder; give one of "
-                    "them a `name` in a folder of its own, such as second/policy"
+                    f"pipeline.stages: the checkpoints of {other.name} and {stage.name} would lie in one folder; "
+                    "give one of them a `name` in a folder of its own, such as second/policy"
                 )
     return tuple(planned)
 
@@ -138,11 +151,13 @@ def _resolved(cfg: StageConfig, before: Sequence[Stage], round_number: int) -> S
         """The stage called ``given``, first in its own round; without one the newest of ``recipes``."""
         if given is None:
             return next((stage.name for stage in reversed(before) if stage.recipe in recipes), None)
-        for known in (folder + given, given):
-            if known in made and made[known].recipe in recipes:
-                return known
+        for found in (folder + given, given):
+            if found in made and made[found].recipe in recipes:
+                return found
         able = [stage.name for stage in before if stage.recipe in recipes]
-        raise ValueError(f"pipeline: {name}: {key}={given}: no such stage before it; there are: {able or 'none'}")
+        raise ValueError(
+            f"pipeline.stages: {name}: {key}={given}: no such stage before it; there are: {able or 'none'}"
+        )
 
     sources: tuple[str, ...] = ()
     if cfg.recipe in ("reward_model", "dpo"):

@@ -41,8 +41,23 @@ class RewardModelConfig(SupervisedConfig):
     loss: Literal["pairwise", "kwise"] = "pairwise"
     """pairwise: one comparison, one term. kwise: rankings of K responses to a prompt, all their pairs at one forward
     for each response (InstructGPT); ``batch_size`` then counts rankings."""
+    ties: Literal["drop", "learn"] = "drop"
+    """Pairs of which neither response is better. drop: they are no pairs, and a prompt without any other is left out.
+    learn: the loss pulls their scores together."""
+    labels: Literal["majority", "share"] = "majority"
+    """Where annotators disagree. majority: the response that more of them prefer is better. share: the loss aims at the
+    share of them that prefers it."""
+    binarize: bool = False
+    """For weak preferences, before a second training on people's: each pair A > B becomes `GOOD: A` > `BAD: A` and
+    `BAD: B` > `GOOD: B`, of which less has to be unlearned (2112.00861). Needs loss=pairwise."""
     shuffle_labels: bool = False
     """Train on random labels: a control, which must not improve anything."""
+
+    @model_validator(mode="after")
+    def _binary(self) -> RewardModelConfig:
+        if self.binarize and self.loss == "kwise":
+            raise ValueError("binarize=true compares a response with itself under another tag: use loss=pairwise")
+        return self
 
 
 class DPOConfig(SupervisedConfig):

@@ -198,6 +198,12 @@ def _write_comparisons(samples: pa.Table, answers: dict[Pair, list[float]], fold
     return len(answers)
 
 
+def read(folder: Path) -> pa.Table:
+    """The comparisons in the folder of a stage: ``schema.RANKING`` with ``source``."""
+    names = [*schema.RANKING.names, "source"]
+    return pq.read_table(folder / COMPARISONS_FILE, columns=names)
+
+
 def write(table: pa.Table, path: Path) -> None:
     """Complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)

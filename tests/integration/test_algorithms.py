@@ -14,7 +14,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "algorithms").glob("*.
 #: The embedded world's configs, small: what they compute, not what they learn.
 SMALL_RUN = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 320, comparisons: 192, prompts: 96, test_prompts: 16, sampled_pairs: 0.25}",
+    "data.world={demonstrations: 320, comparisons: 192, prompts: 96, test_prompts: 16}",
     "train.steps=2",
     "critic.warmup_steps=0",
     "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false}",
@@ -61,7 +61,7 @@ def test_preferences_without_sampling(start: Callable[..., Job], config: str) ->
         config,
         "recipe=pipeline",
         "pipeline.stages=[reward_model,dpo]",
-        "data.world={comparisons: 96, sampled_pairs: 0.25, demonstrations: 64}",
+        "data.world={comparisons: 96, demonstrations: 64}",
         "reward_model={loss: kwise, batch_size: 8, learner: {cpus: 0.5}}",
         "dpo={batch_size: 16, learner: {cpus: 0.5}, optim: {lr: 1.0e-3, warmup_ratio: 0}}",
         "evaluation.metrics=[{name: gold_score, function: 'rlhf_dist.data.world:gold_score'}]",

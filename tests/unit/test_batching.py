@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import comparisons, experience, rollouts, tiny_llama
+from tiny import comparisons, experience, rankings, rollouts, tiny_llama
 
 from rlhf_dist.data.batching import (
     Ragged,
     collate,
     collate_pairs,
+    collate_rankings,
     micro_batches,
     pair_lengths,
     partition,
+    ranking_lengths,
     sequence_lengths,
 )
 from rlhf_dist.models import PolicyModule, ScalarModule
@@ -165,6 +167,20 @@ def test_pairs_stand_side_by_side() -> None:
     assert [ids[: len(e)] for ids, e in zip(batch.input_ids.tolist(), expected, strict=True)] == expected
     assert batch.input_ids.flatten()[batch.last].tolist() == [e[-1] for e in expected]
     assert pair_lengths(table, np.arange(table.num_rows)).tolist() == [2 * 5, 2 * 5]
+
+
+def test_the_pairs_of_rankings_point_at_their_responses() -> None:
+    nan = float("nan")
+    table = rankings([(2, [3, 1, 2]), (1, [2, 4])], [[1, 0, 0.5], [nan]])
+    batch = collate_rankings(table, [1, 0])
+    prompts, responses = table["prompt_ids"].to_pylist(), table["responses"].to_pylist()
+    expected = [prompts[r] + ids for r in (1, 0) for ids in responses[r]]
+    assert [ids[: len(e)] for ids, e in zip(batch.input_ids.tolist(), expected, strict=True)] == expected
+    assert batch.input_ids.flatten()[batch.last].tolist() == [e[-1] for e in expected]
+    assert batch.columns["pair"].tolist() == [[2, 3], [2, 4], [3, 4]], "nobody compared the two of row 1"
+    assert batch.columns["preference"].tolist() == [1, 0, 0.5]
+    assert batch.columns["prompt"].tolist() == [1, 1, 1]
+    assert ranking_lengths(table, np.arange(2)).tolist() == [3 * 5, 2 * 5]
 
 
 # The layout changes no figure

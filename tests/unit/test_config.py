@@ -51,7 +51,7 @@ def test_every_algorithm_has_a_config() -> None:
     assert {c.algo.advantage_estimator for c in used} == set(ADVANTAGE_ESTIMATORS)
     assert {c.algo.policy_loss for c in used} == set(POLICY_LOSSES)
     assert {c.algo.rollout_correction for c in used} == {"auto", *CORRECTION_BOUNDS}
-    assert {(c.dpo.loss, c.dpo.label_smoothing > 0) for c in used if "dpo" in c.stages} == {
+    assert {(c.dpo.loss, c.dpo.label_smoothing > 0) for c in used if "dpo" in c.recipes} == {
         ("dpo", False),
         ("dpo", True),
         ("ipo", False),
@@ -61,7 +61,7 @@ def test_every_algorithm_has_a_config() -> None:
     assert any(c.algo.ptx_coef and c.rollout.dynamic_sampling is False for c in used)
     assert any(c.rollout.dynamic_sampling for c in used)
     assert any(c.algo.kl_target for c in used)
-    assert any("distill" in c.stages for c in used)
+    assert any("distill" in c.recipes for c in used)
 
 
 def test_names_of_the_config_are_those_of_the_tables() -> None:
@@ -190,7 +190,7 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'reward_model', 'ppo', 'dpo', 'pipeline' or "
+        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', 'pipeline' or "
         "'evaluate'",
     ),
     (
@@ -354,18 +354,19 @@ BROKEN_FILES = [
     (
         "a stage twice",
         "pipeline: {stages: [sft, sft]}",
-        "{file}: pipeline.stages=['sft', 'sft']: give at least one stage, and each only once",
+        "{file}: pipeline.stages: two stages are called sft; give one another `name`",
     ),
     (
         "PPO before its reward model",
         "pipeline: {stages: [sft, ppo, reward_model]}",
-        "{file}: pipeline.stages=['sft', 'ppo', 'reward_model']: ppo needs the reward model that reward.components "
-        "asks for (`model: trained`); put reward_model before it, or give its folder",
+        "{file}: pipeline.stages=['sft', 'policy', 'reward_model']: policy needs the reward model that "
+        "reward.components asks for (`model: trained`); put reward_model before it, or give its folder",
     ),
     (
         "DPO without comparisons",
         "{pipeline: {stages: [sft, dpo]}, data: {format: gsm8k, train: a.jsonl}}",
-        "{file}: dpo learns from comparisons, and data.format=gsm8k has none",
+        "{file}: dpo learns from comparisons, and data.format=gsm8k has none; formats that do: world, hh, preferences, "
+        "rankings, qa_feedback, voted",
     ),
     (
         "a teacher that knows nothing more",
@@ -376,7 +377,25 @@ BROKEN_FILES = [
     (
         "K-wise without rankings",
         "{reward_model: {loss: kwise}, data: {format: hh, train: a.jsonl}}",
-        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none",
+        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none; formats that do: world, "
+        "rankings, qa_feedback, voted",
+    ),
+    (
+        "a reward model without comparisons",
+        "{recipe: reward_model, data: {format: instructions, train: a.jsonl}}",
+        "{file}: reward_model learns from comparisons, and data.format=instructions has none; formats that do: world, "
+        "hh, preferences, rankings, qa_feedback, voted",
+    ),
+    (
+        "DPO of ties",
+        "{pipeline: {stages: [sft, dpo]}, reward_model: {ties: learn}}",
+        "{file}: reward_model.ties=learn, labels=majority, binarize=false: dpo reads the same pairs and needs the "
+        "better side of each; use drop, majority and false",
+    ),
+    (
+        "K-wise with tags",
+        "reward_model: {loss: kwise, binarize: true}",
+        "{file}: reward_model: binarize=true compares a response with itself under another tag: use loss=pairwise",
     ),
     (
         "a penalty longer than the response",

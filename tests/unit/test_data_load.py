@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,8 +17,10 @@ from transformers import AutoTokenizer
 
 from rlhf_dist import schema
 from rlhf_dist.config import Config
-from rlhf_dist.data import load, tokenization, world
+from rlhf_dist.data import compare, load, tokenization, world
 from rlhf_dist.data.formats import Example, parse
+from rlhf_dist.observability.terminal import Terminal
+from rlhf_dist.run import Run
 
 
 def config(**sections: Any) -> Config:
@@ -63,9 +67,10 @@ def test_hh_tables_say_what_the_rows_say(hh: tuple[Config, str]) -> None:
     tokenizer = tokenization.load_tokenizer(folder)
     prompts, report = load.load_prompts(cfg, folder, "train")
     schema.check(prompts, schema.PROMPT, "prompts")
-    assert {k: report[k] for k in ("rows", "skipped", "too_long", "held_out")} == {
+    assert {k: report[k] for k in ("rows", "skipped", "faults", "too_long", "held_out")} == {
         "rows": 112,
         "skipped": 3,
+        "faults": {"no turn": 3},
         "too_long": 0,
         "held_out": 5,
     }
@@ -80,7 +85,7 @@ def test_hh_tables_say_what_the_rows_say(hh: tuple[Config, str]) -> None:
     pair = pairs.slice(0, 1).to_pylist()[0]
     assert tokenizer.decode(pair["chosen_ids"]) == f" A good answer to 100{', really' * 2}.<eos>"
     assert tokenizer.decode(pair["rejected_ids"]) == " No.<eos>"
-    assert (pair["margin"], pair["source"]) == (0.0, "helpful-base")
+    assert (pair["preference"], pair["margin"], pair["source"]) == (1.0, 0.0, "helpful-base")
 
     demonstrations = load.load_demonstrations(cfg, folder, "train", 512)[0]
     schema.check(demonstrations, schema.DEMONSTRATION, "demonstrations")
@@ -118,7 +123,7 @@ def test_pairs_are_measured_by_their_longer_side(hh: tuple[Config, str]) -> None
     pair = load.load_comparisons(cfg, folder, "test", 512)[0].slice(0, 1).to_pylist()[0]
     longer = len(pair["prompt_ids"]) + len(pair["chosen_ids"])
     assert len(pair["chosen_ids"]) > len(pair["rejected_ids"])
-    rows = [parse("hh", hh_row(0))]
+    rows = parse("hh", hh_row(0))
     tokenizer = tokenization.load_tokenizer(folder)
     assert tokenization.tokenize_comparisons(tokenizer, rows, longer)[1] == 0
     assert tokenization.tokenize_comparisons(tokenizer, rows, longer - 1)[1] == 1
@@ -140,16 +145,155 @@ def test_shuffled_labels_keep_the_pairs_and_lose_the_order(hh: tuple[Config, str
     assert tests[0] == tests[1], "the control is measured on clean pairs"
 
 
+HH_FAULTS = {
+    "prompts differ": ("\n\nHuman: Hello?\n\nAssistant: Yes.", "\n\nHuman: Hi?\n\nAssistant: No."),
+    "empty response": ("\n\nHuman: Hi?\n\nAssistant:", "\n\nHuman: Hi?\n\nAssistant: No."),
+    "turns do not alternate": ("\n\nHuman: Hi?\n\nHuman: Hi?\n\nAssistant: Yes.", "\n\nHuman: Hi?\n\nAssistant: No."),
+    "tag inside a line": ("\n\nHuman: Hi?\n\nAssistant: Yes. Human: Why?", "\n\nHuman: Hi?\n\nAssistant: No."),
+    "text before the first turn": ("Well.\n\nHuman: Hi?\n\nAssistant: Yes.", "\n\nHuman: Hi?\n\nAssistant: No."),
+    "same text": ("\n\nHuman: Hi?\n\nAssistant: No.", "\n\nHuman: Hi?\n\nAssistant: No."),
+}
+
+
+def test_the_faults_of_hh_are_counted_and_named(hh: tuple[Config, str], tmp_path: Path) -> None:
+    """As they are in the published files: a row of each, two of one, in the report, on the terminal, in the summary."""
+    _, tokenizer = hh
+    faulty = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in HH_FAULTS.values()]
+    rows = [hh_row(0), *faulty, faulty[2], *map(hh_row, range(1, 30))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"format": "hh", "dir": str(tmp_path), "train": "rows.jsonl"}
+    cfg = config(data=data, run={"root": str(tmp_path), "name": "job"})
+    table, report = load.load_comparisons(cfg, tokenizer, "train", 512)
+    assert (table.num_rows + report["held_out"], report["skipped"]) == (30, 7)
+    assert report["faults"] == dict.fromkeys(HH_FAULTS, 1) | {"turns do not alternate": 2}
+    assert next(iter(report["faults"])) == "turns do not alternate", "the most frequent first"
+
+    run = Run(cfg, Terminal(io.StringIO()))
+    run.note_rows("comparisons", report)
+    run.note_rows("held-out comparisons", report)
+    first, second = run.terminal.console.file.getvalue().strip().split("comparisons: ")[1:]  # type: ignore[attr-defined]
+    said = " ".join(first.split())
+    assert said.startswith(
+        "7 faulty rows skipped: 2 x turns do not alternate, 1 x prompts differ, 1 x empty response, "
+    )
+    assert f"the first: {tmp_path / 'rows.jsonl'}:2: the prompts of 'chosen' and 'rejected' differ" in said
+    assert "7 faulty rows" in second
+    assert run.summary.get("rows_skipped") == 14
+    assert run.summary.get("row_faults") == {kind: 2 * count for kind, count in report["faults"].items()}
+
+    strict = config(data=data | {"on_bad_row": "fail"})
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the prompts of 'chosen' and 'rejected' differ"):
+        load.load_comparisons(strict, tokenizer, "train", 512)
+
+
+RANKED = [
+    {"prompt": "Rank them.", "responses": ["best", "good", "good too", "bad"], "ranks": [0, 1, 1, 2], "source": "x"},
+    {"prompt": "Which?", "responses": ["this", "that"], "ranks": [[0, 1], [0, 1], [1, 0], [0, 0]]},
+    {"prompt": "Equal.", "responses": ["one", "two"], "ranks": [3, 3]},
+]
+
+
+def ranked(tmp_path: Path, rows: list[dict[str, Any]], format: str = "rankings", **reward_model: Any) -> Config:
+    """All rows in both splits: a test file of its own, with other prompts."""
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    others = [row | {"prompt": f"{row['prompt']} Tell me."} for row in rows]
+    (tmp_path / "test.json").write_text(json.dumps(others))
+    data = {"format": format, "dir": str(tmp_path), "train": "train.jsonl", "test": "test.json"}
+    return config(data=data, reward_model=reward_model)
+
+
+def pairs_of(
+    cfg: Config, tokenizer_dir: str, split: Any = "train"
+) -> tuple[list[tuple[str, str, float]], dict[str, Any]]:
+    """Chosen, rejected and preference of each pair."""
+    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
+    table, report = load.load_comparisons(cfg, tokenizer_dir, split, 512)
+    schema.check(table, schema.COMPARISON, "pairs")
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    rows = [(text(r["chosen_ids"]), text(r["rejected_ids"]), r["preference"]) for r in table.to_pylist()]
+    return rows, report
+
+
+BY_RANK = [("best", "good", 1), ("best", "good too", 1), ("best", "bad", 1), ("good", "bad", 1), ("good too", "bad", 1)]
+
+
+def test_all_pairs_of_rankings_are_comparisons(hh: tuple[Config, str], tmp_path: Path) -> None:
+    found, report = pairs_of(ranked(tmp_path, RANKED), hh[1])
+    assert found == [*BY_RANK, ("this", "that", 1)]
+    assert {k: report[k] for k in ("rows", "tied", "no_pair")} == {"rows": 6, "tied": 2, "no_pair": 1}
+
+
+def test_ties_and_shares_are_learned_where_the_config_says_so(hh: tuple[Config, str], tmp_path: Path) -> None:
+    cfg = ranked(tmp_path, RANKED, ties="learn", labels="share")
+    found, report = pairs_of(cfg, hh[1])
+    assert found == [
+        *BY_RANK[:3],
+        ("good", "good too", 0.5),
+        *BY_RANK[3:],
+        ("this", "that", 0.625),
+        ("one", "two", 0.5),
+    ]
+    assert (report["tied"], report["no_pair"]) == (0, 0)
+    table, _ = load.load_rankings(cfg, hh[1], "train", 512)
+    assert table["preferences"].to_pylist() == [[1, 1, 1, 0.5, 1, 1], [0.625], [0.5]]
+
+
+def test_held_out_pairs_keep_the_share_and_lose_ties(hh: tuple[Config, str], tmp_path: Path) -> None:
+    """Whatever is learned: a tie cannot be predicted, and the agreement of the annotators is a figure of the test."""
+    for settings in ({}, {"ties": "learn", "labels": "share", "shuffle_labels": True}):
+        found, report = pairs_of(ranked(tmp_path, RANKED, **settings), hh[1], "test")
+        assert found == [*BY_RANK, ("this", "that", 0.625)]
+        assert report["tied"] == 2
+
+
+def test_rankings_keep_what_was_not_compared_as_nan(hh: tuple[Config, str], tmp_path: Path) -> None:
+    table, report = load.load_rankings(ranked(tmp_path, RANKED), hh[1], "train", 512)
+    schema.check(table, schema.RANKING, "rankings")
+    first, second = table["preferences"].to_pylist()
+    assert [p for p in first if not math.isnan(p)] == [1, 1, 1, 1, 1]
+    assert math.isnan(first[3])
+    assert second == [1]
+    assert {k: report[k] for k in ("rows", "tied", "no_pair")} == {"rows": 2, "tied": 2, "no_pair": 1}
+    everything_ties = ranked(tmp_path, RANKED[2:])
+    with pytest.raises(ValueError, match="none of 1 prompts has two responses of which one is better"):
+        load.load_rankings(everything_ties, hh[1], "train", 512)
+
+
+def test_votes_and_minorities_are_pairs(hh: tuple[Config, str], tmp_path: Path) -> None:
+    answers = [{"text": "liked", "votes": 9}, {"text": "hated", "votes": -2}, {"text": "liked too", "votes": 8}]
+    voted, report = pairs_of(ranked(tmp_path, [{"prompt": "How?", "answers": answers}], "voted"), hh[1])
+    assert voted == [("liked", "hated", 1), ("liked too", "hated", 1)]
+    assert report["tied"] == 0, "equal scores are no judgement"
+    pair = {"prompt": "Which?", "chosen": "this", "rejected": "that", "votes": [1, 3]}
+    assert pairs_of(ranked(tmp_path, [pair], "preferences", labels="share"), hh[1])[0] == [("that", "this", 0.75)]
+    assert pairs_of(ranked(tmp_path, [pair], "preferences"), hh[1])[0] == [("that", "this", 1)]
+
+
+def test_weak_pairs_are_binarized(hh: tuple[Config, str], tmp_path: Path) -> None:
+    """2112.00861, section 4.1: GOOD: A > BAD: A and BAD: B > GOOD: B for each A > B."""
+    answers = [{"text": "hated", "votes": -2}, {"text": "liked", "votes": 9}]
+    cfg = ranked(tmp_path, [{"prompt": "How?", "answers": answers}], "voted", binarize=True)
+    for split in ("train", "test"):
+        found, _ = pairs_of(cfg, hh[1], split)
+        assert found == [("GOOD: liked", "BAD: liked", 1), ("BAD: hated", "GOOD: hated", 1)]
+
+
+def test_shuffled_labels_of_rankings_lose_the_order(hh: tuple[Config, str], tmp_path: Path) -> None:
+    rows = [{"prompt": f"Rank {i}.", "responses": ["best", "good", "bad"]} for i in range(60)]
+    found, _ = pairs_of(ranked(tmp_path, rows, shuffle_labels=True), hh[1])
+    right = {("best", "good"), ("best", "bad"), ("good", "bad")}
+    assert len(found) == 180
+    assert 60 < sum((chosen, rejected) in right for chosen, rejected, _ in found) < 120
+
+
 def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: Path, world_tokenizer: str) -> None:
-    cfg, folder = hh
+    _, folder = hh
     (tmp_path / "bad.jsonl").write_text('{"chosen": "x"}\n')
     bad = config(data={"format": "hh", "dir": str(tmp_path), "train": "bad.jsonl"})
     with pytest.raises(ValueError, match=r"no usable row for data\.format=hh; .*bad\.jsonl:1: 'chosen' has no"):
         load.load_prompts(bad, folder, "train")
     with pytest.raises(ValueError, match=r"bad\.jsonl:1: "):
         load.load_prompts(config(data=bad.data.model_copy(update={"on_bad_row": "fail"})), folder, "train")
-    with pytest.raises(ValueError, match="takes no sampled pairs"):
-        load.load_comparisons(cfg, folder, "train", 512, sampled=pa.table({"prompt_id": [0]}))
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load.load_prompts(config(), str(tmp_path / "nowhere"), "train")
     with pytest.raises(ValueError, match="no held-out demonstrations"):
@@ -175,23 +319,40 @@ def test_the_world_s_tables_carry_what_the_gold_score_needs(world_tokenizer: str
     assert load.load_prompts(cfg, world_tokenizer, "train")[0] == load.load_prompts(cfg, world_tokenizer, "train")[0]
 
 
-def test_sampled_pairs_of_the_world_are_made_of_the_rollouts(world_tokenizer: str) -> None:
-    cfg = config(data={"world": {"prompts": 30, "comparisons": 100, "label_noise": 0.0, "sampled_pairs": 0.5}})
-    tokenizer = tokenization.load_tokenizer(world_tokenizer)
-    prompts, _ = load.load_prompts(cfg, world_tokenizer, "train")
-    rows: list[dict[str, Any]] = []
-    for p in prompts.to_pylist():
-        answer = json.loads(p["fields"])["answer"]
-        for text in (f"of course ! {answer} .", f"{answer} {answer} ."):
-            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            rows.append({"prompt_id": p["prompt_id"], "response_ids": ids})
-    table, report = load.load_comparisons(cfg, world_tokenizer, "train", 512, sampled=pa.Table.from_pylist(rows))
-    assert (report["rows"], report["sampled_pairs"]) == (100, 30), "one pair of a prompt, the rest from demonstrations"
-    right = {tuple(r["response_ids"]) for r in rows[::2]}
-    wrong = {tuple(r["response_ids"]) for r in rows[1::2]}
-    pairs = table.to_pylist()
-    assert sum(tuple(p["rejected_ids"]) in wrong and tuple(p["chosen_ids"]) in right for p in pairs) == 30
-    assert {p["source"] for p in pairs} == {"helpful", "harmless"}
+def collected(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """A stage's folder with these comparisons."""
+    types = {**{f.name: f.type for f in schema.RANKING}, "source": pa.string()}
+    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
+    compare.write(pa.table(columns), folder / compare.COMPARISONS_FILE)
+    return str(folder)
+
+
+def test_comparisons_that_the_run_collected_stand_beside_those_of_the_data(
+    tmp_path: Path, world_tokenizer: str
+) -> None:
+    folder = collected(
+        tmp_path / "round_1",
+        [
+            {"prompt_ids": [5], "responses": [[7], [8, 8], [9]], "preferences": [0.25, None, 0.5], "source": "round_1"},
+            {"prompt_ids": [6], "responses": [[7], [8]], "preferences": [0.5], "source": "round_1"},
+            {"prompt_ids": [4] * 600, "responses": [[7], [8]], "preferences": [1.0], "source": "round_1"},
+        ],
+    )
+
+    def pairs(cfg: Config) -> list[tuple[list[int], list[int], float]]:
+        table, report = load.load_comparisons(cfg, world_tokenizer, "train", 512, [folder])
+        assert schema.check(table, schema.COMPARISON, "test").num_rows == report["rows"]
+        assert report["too_long"] == 1
+        rows = [row for row in table.to_pylist() if row["source"] == "round_1"]
+        assert table.num_rows == 100 + len(rows)
+        return [(row["chosen_ids"], row["rejected_ids"], row["preference"]) for row in rows]
+
+    world_only = {"world": {"comparisons": 100}}
+    assert pairs(config(data=world_only)) == [([8, 8], [7], 1.0)]
+    learned = pairs(config(data=world_only, reward_model={"ties": "learn", "labels": "share"}))
+    assert learned == [([8, 8], [7], 0.75), ([8, 8], [9], 0.5), ([7], [8], 0.5)]
+    rankings, _ = load.load_rankings(config(data=world_only), world_tokenizer, "train", 512, [folder])
+    assert [[8, 8] in row["responses"] for row in rankings.to_pylist()][-1], "the first ranking, without the others"
 
 
 def test_rankings_make_as_many_pairs_as_comparisons(world_tokenizer: str) -> None:
@@ -200,10 +361,10 @@ def test_rankings_make_as_many_pairs_as_comparisons(world_tokenizer: str) -> Non
     assert schema.check(table, schema.RANKING, "world").num_rows == report["rows"]
     assert 8 <= report["rows"] <= 10, "of ten rankings of four, those where all tie are dropped"
     for row in table.to_pylist():
-        assert len(row["responses"]) == len(row["ranks"]) == 4
+        assert (len(row["responses"]), len(row["preferences"])) == (4, 6)
     longest = max(len(r["prompt_ids"]) + max(map(len, r["responses"])) for r in table.to_pylist())
     assert load.load_rankings(cfg, world_tokenizer, "train", longest - 1)[1]["too_long"] >= 1
-    with pytest.raises(ValueError, match="holds no rankings"):
+    with pytest.raises(ValueError, match="no held-out rankings"):
         load.load_rankings(cfg, world_tokenizer, "test", 512)
 
 

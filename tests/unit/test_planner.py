@@ -37,7 +37,7 @@ def shape(cfg: Config) -> list[tuple[str, str, int]]:
 def test_the_embedded_default_runs_all_stages() -> None:
     assert shape(load()) == [
         ("sft", "sft", 2),
-        ("sampling", "generator", 1),
+        ("compare", "generator", 1),
         ("reward_model", "reward_model", 2),
         ("ppo", "policy", 1),
         ("ppo", "critic", 1),
@@ -53,7 +53,7 @@ def test_without_critic_reference_and_trained_reward(model: str) -> None:
 
 
 def test_a_pipeline_with_a_function_trains_no_reward_model() -> None:
-    cfg = load(None, ["data.world.sampled_pairs=0", f"reward.components={FUNCTION['components']}"])
+    cfg = load(None, [f"reward.components={FUNCTION['components']}"])
     assert [stage for stage, *_ in shape(cfg)] == ["sft", "ppo", "ppo", "ppo", "ppo", "ppo"]
 
 

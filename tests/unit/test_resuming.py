@@ -69,7 +69,7 @@ def test_where_and_how_fast_may_change(override: str, tmp_path: Path) -> None:
         ("rollout.max_staleness=1", "rollout.max_staleness", "0 then, 1 now"),
         ("train.steps=101", "train.steps", "100 then, 101 now"),
         ("pipeline.stages=[sft]", "pipeline.stages", "None then, ['sft'] now"),
-        ("data.world={comparisons: 9}", "data.world.comparisons", "24000 then, 9 now"),
+        ("data.world={comparisons: 9}", "data.world.comparisons", "18000 then, 9 now"),
     ],
 )
 def test_what_is_learnt_may_not_change(override: str, key: str, values: str, tmp_path: Path) -> None:

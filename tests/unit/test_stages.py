@@ -68,7 +68,7 @@ def test_inputs_are_looked_for_in_the_own_round_first() -> None:
     ("stages", "message"),
     [
         ("[]", "pipeline.stages is empty: give at least one stage"),
-        ("[sft, sft]", "two stages are called sft; give one of them another `name`"),
+        ("[sft, sft]", "two stages are called sft; give one another `name`"),
         (
             "[sft, reward_model, ppo, {recipe: ppo, name: second}]",
             "the checkpoints of policy and second would lie in one folder; .* such as second/policy",
