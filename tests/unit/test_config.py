@@ -190,8 +190,8 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', 'pipeline' or "
-        "'evaluate'",
+        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', 'pipeline' "
+        "or 'evaluate'",
     ),
     (
         "no such ZeRO stage",
