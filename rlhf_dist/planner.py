@@ -69,6 +69,9 @@ def roles(cfg: Config) -> list[Role]:
         if not cfg.trains_reward:
             r = cfg.reward
             plan.append(Role("evaluate", "reward", r.replicas, r.cpus, r.gpus, ""))
+    if cfg.recipe == "evaluate_reward":
+        c = cfg.reward_model.learner
+        plan.append(Role("evaluate_reward", "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group"))
     return plan
 
 

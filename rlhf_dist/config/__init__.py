@@ -96,8 +96,11 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "distill", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
-    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``."""
+    recipe: Literal["sft", "distill", "reward_model", "ppo", "dpo", "pipeline", "evaluate", "evaluate_reward"] = (
+        "pipeline"
+    )
+    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``; evaluate_reward
+    judges the reward model in ``reward_model.path`` on held-out comparisons."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
     seed: int = 0
@@ -130,6 +133,11 @@ class Config(Section):
         if self.pipeline.stages is not None:
             return tuple(self.pipeline.stages)
         return ("sft", "reward_model", "ppo") if self.trains_reward else ("sft", "ppo")
+
+    @property
+    def initial_model(self) -> str | None:
+        """The model that the run begins with, and whose tokenizer it uses if no other is given; None: it builds one."""
+        return self.reward_model.path if self.recipe == "evaluate_reward" else self.model.path
 
     @property
     def trains_reward(self) -> bool:
@@ -185,14 +193,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _contradictions(self) -> Config:
-        if self.model.path is None and not self.model.architecture:
+        if self.recipe == "evaluate_reward" and self.reward_model.path is None:
+            raise ValueError("recipe evaluate_reward needs a reward model: give its folder, reward_model.path")
+        if self.initial_model is None and not self.model.architecture:
             raise ValueError("model.path and model.architecture are both empty: give a model, or say what to build")
         if self.model.path is not None and self.model.architecture:
             raise ValueError("model.path and model.architecture are both given: which one is it?")
         if self.model.path is None and self.recipe in ("distill", "ppo", "dpo", "evaluate"):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
-        if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
-            raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
+        evaluates = self.recipe in ("evaluate", "evaluate_reward")
+        if self.data.format != "world" and self.data.train is None and not (evaluates and self.data.test):
+            missing = "neither data.test nor data.train is given" if evaluates else "data.train is not given"
+            raise ValueError(f"data.format is {self.data.format}, but {missing}")
         self._check_stages()
         if self.runs_ppo:
             self._check_ppo()
@@ -216,6 +228,8 @@ class Config(Section):
             )
         if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
+        if self.recipe == "evaluate_reward" and self.data.format not in ("world", "hh", "preferences"):
+            raise ValueError(f"evaluate_reward judges by comparisons, and data.format={self.data.format} has none")
         d = self.distill
         if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
             raise ValueError(

@@ -41,8 +41,20 @@ class RewardModelConfig(SupervisedConfig):
     loss: Literal["pairwise", "kwise"] = "pairwise"
     """pairwise: one comparison, one term. kwise: rankings of K responses to a prompt, all their pairs at one forward
     for each response (InstructGPT); ``batch_size`` then counts rankings."""
-    shuffle_labels: bool = False
-    """Train on random labels: a control, which must not improve anything."""
+    label_noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training comparisons whose label is flipped, to see what wrong labels cost. 0.5 is a control: labels
+    then mean nothing, and must not improve anything."""
+    center: bool = True
+    """Take the mean score of preferred training responses off all scores of the result (InstructGPT, 2203.02155)."""
+
+    @model_validator(mode="after")
+    def _noise(self) -> RewardModelConfig:
+        if self.label_noise and self.loss == "kwise":
+            raise ValueError(
+                f"label_noise={self.label_noise} flips the labels of comparisons, and loss=kwise learns from rankings: "
+                "use loss=pairwise"
+            )
+        return self
 
 
 class DPOConfig(SupervisedConfig):

@@ -27,6 +27,7 @@ from rlhf_dist.config import Config
 from rlhf_dist.data import formats, tokenization, world
 from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.formats import Example, Purpose
+from rlhf_dist.data.preferences import flip_labels
 from rlhf_dist.data.readers import RowErrors, read_rows
 
 Split = Literal["train", "test"]
@@ -41,7 +42,7 @@ def make_tokenizer(cfg: Config, out_dir: str) -> Report:
     Returns ``vocab_size`` (the embedding rows that a model needs), ``bos_token_id``, ``eos_token_id``,
     ``pad_token_id``, ``skipped``, ``messages``.
     """
-    name = cfg.model.tokenizer or cfg.model.path
+    name = cfg.model.tokenizer or cfg.initial_model
     errors = RowErrors(cfg.data.on_bad_row)
     if name is None and cfg.data.format == "world":
         tokenizer: Any = world.build_tokenizer()
@@ -140,14 +141,20 @@ def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
 
 
 def load_comparisons(
-    cfg: Config, tokenizer_dir: str, split: Split, max_length: int, sampled: pa.Table | None = None
+    cfg: Config,
+    tokenizer_dir: str,
+    split: Split,
+    max_length: int,
+    sampled: pa.Table | None = None,
+    label_noise: float = 0.0,
 ) -> tuple[pa.Table, Report]:
     """Comparisons of at most ``max_length`` tokens a side, as ``schema.COMPARISON``.
 
     ``sampled`` (world, training split) is a rollout table for prompts of ``load_prompts(cfg, ..., "train")``; a share
     ``data.world.sampled_pairs`` of the pairs is made of its responses, as far as they yield pairs that differ; the
-    report says how many as ``sampled_pairs``. ``reward_model.shuffle_labels`` swaps the sides of training pairs at
-    random. The world's test pairs are twice ``data.world.test_prompts``, half of them with source "correctness".
+    report says how many as ``sampled_pairs``. ``label_noise`` is the share of pairs whose label is flipped; the report
+    says how many as ``flipped``. The world's test pairs are twice ``data.world.test_prompts``, half of them with source
+    "correctness".
     """
     errors, held_out = RowErrors(cfg.data.on_bad_row), 0
     extra: dict[str, int] = {}
@@ -159,8 +166,8 @@ def load_comparisons(
     else:
         rows, held_out = _read(cfg, split, "comparisons", errors)
     table, too_long = tokenization.tokenize_comparisons(tokenizer, rows, max_length)
-    if cfg.reward_model.shuffle_labels and split == "train":
-        table = _shuffle_labels(table, cfg.seed)
+    if label_noise:
+        table, extra["flipped"] = flip_labels(table, label_noise, cfg.seed)
     _check_rows(table, f"comparisons within max_length={max_length}", too_long)
     return table, _report(table, errors, too_long, held_out) | extra
 
@@ -293,15 +300,3 @@ def _sampled_responses(cfg: Config, tokenizer: Any, sampled: pa.Table) -> list[t
     for prompt_id, text in zip(sampled["prompt_id"].to_pylist(), texts, strict=True):
         by_prompt.setdefault(prompt_id, []).append(text)
     return [(prompts[i], by_prompt[i]) for i in sorted(by_prompt)]
-
-
-def _shuffle_labels(table: pa.Table, seed: int) -> pa.Table:
-    rng = random.Random(f"{seed} shuffled labels")
-    swap = pa.array([rng.random() < 0.5 for _ in range(table.num_rows)])
-    chosen, rejected = table["chosen_ids"].combine_chunks(), table["rejected_ids"].combine_chunks()
-    n = table.num_rows
-    both = pa.concat_arrays([chosen, rejected])
-    own = [i + n if s else i for i, s in enumerate(swap.to_pylist())]
-    other = [i if s else i + n for i, s in enumerate(swap.to_pylist())]
-    table = table.set_column(table.column_names.index("chosen_ids"), "chosen_ids", both.take(pa.array(own)))
-    return table.set_column(table.column_names.index("rejected_ids"), "rejected_ids", both.take(pa.array(other)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rlhf_dist.recipes.distill import distill
 from rlhf_dist.recipes.dpo import dpo
 from rlhf_dist.recipes.evaluate import evaluate
+from rlhf_dist.recipes.evaluate_reward import evaluate_reward
 from rlhf_dist.recipes.pipeline import pipeline
 from rlhf_dist.recipes.ppo import ppo
 from rlhf_dist.recipes.reward_model import reward_model
@@ -21,4 +22,5 @@ RECIPES: dict[str, Callable[[Run], object]] = {
     "dpo": lambda run: dpo(run, run.model_path),
     "pipeline": pipeline,
     "evaluate": lambda run: evaluate(run, run.model_path),
+    "evaluate_reward": lambda run: evaluate_reward(run, run.model_path),
 }
