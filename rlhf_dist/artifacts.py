@@ -29,7 +29,6 @@ READS: dict[str, tuple[str, ...]] = {
     "reward_model": ("reward_model",),
     "dpo": ("dpo", "rollout", "reward", "evaluation"),
     "ppo": ("rollout", "algo", "train", "policy", "critic", "reward", "evaluation"),
-    "evaluate": ("rollout", "reward", "evaluation"),
 }
 
 

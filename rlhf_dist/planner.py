@@ -56,6 +56,9 @@ def _roles(cfg: Config, stage: Stage) -> list[Role]:
             return [_learner(label, "policy", cfg.policy.learner), *critic, Role(label, *generator), reward, *reference]
         case "evaluate":
             return [Role(label, *generator), *([] if cfg.trains_reward else [reward])]
+        case "evaluate_reward":
+            c = cfg.reward_model.learner
+            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group")]
     raise AssertionError(stage.recipe)
 
 

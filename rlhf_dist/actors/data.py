@@ -34,8 +34,8 @@ def _prepare(cfg: Config, folder: str) -> dict[str, Any]:
     tokenizer_dir = str(Path(folder) / "tokenizer")
     report = make_tokenizer(cfg, tokenizer_dir)
     report["tokenizer_dir"] = tokenizer_dir
-    report["model_path"] = cfg.model.path
-    if cfg.model.path is None:
+    report["model_path"] = cfg.initial_model
+    if cfg.initial_model is None:
         special = {k: report[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = models.build_policy(cfg.model.architecture, report["vocab_size"], special, cfg.seed)
         report["model_path"] = str(Path(folder) / "initial_model")
@@ -100,6 +100,18 @@ def _join_columns(table: pa.Table, parts: list[ObjectRef], stage: str) -> pa.Tab
 def join_columns(table: ObjectRef, parts: list[ObjectRef], stage: str) -> ObjectRef:
     """``table`` with the columns that the ranks of a group computed, each for its own rows."""
     return _join_columns.remote(table, parts, stage)
+
+
+@ray.remote(num_cpus=0)
+def _preferred_responses(table: pa.Table, at_most: int, seed: int) -> pa.Table:
+    from rlhf_dist.data.preferences import preferred_responses
+
+    return preferred_responses(table, at_most, seed)
+
+
+def preferred_responses(table: ObjectRef, at_most: int, seed: int) -> ObjectRef:
+    """The better responses of at most so many comparisons or rankings, as ``schema.DEMONSTRATION``."""
+    return _preferred_responses.remote(table, at_most, seed)
 
 
 @ray.remote(num_cpus=0)

@@ -74,10 +74,13 @@ class LearnerGroup:
         return join_columns(table, [r.pair_logprobs.remote(table) for r in self.ranks], self.role)
 
     def pair_outcomes(self, table: ObjectRef) -> pa.Table:
-        """``source``, ``correct`` and ``longer_wins`` for every comparison."""
-        return pa.concat_tables(
-            wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
-        )
+        """Of every comparison, in order: see ``LearnerWorker.pair_outcomes``."""
+        parts = wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
+        return pa.concat_tables(parts).sort_by("row")
+
+    def center(self, table: ObjectRef) -> float:
+        """Give the responses in ``table`` the mean score 0: see ``LearnerWorker.center``."""
+        return wait_for([r.center.remote(table) for r in self.ranks], f"{self.role}, centering")[0]
 
     def logprobs(self, batch: Stages, column: str = "old_logprobs") -> Columns:
         return batch.apply(self.role, lambda s: [r.logprobs.remote(s.chunk.table, column, s.rows) for r in self.ranks])

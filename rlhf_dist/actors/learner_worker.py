@@ -199,27 +199,31 @@ class LearnerWorker(Worker):
             yield batch.to(self.engine.device)
 
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
-        """Of this rank's pairs: ``source``, ``correct`` (the chosen side scores higher), and what "longer wins" says.
-
-        ``longer_wins`` is 1 if the chosen side has more tokens, ½ if both have equally many.
+        """Of this rank's pairs ``row``, ``source``, ``difference`` (score of the chosen side less that of the rejected
+        one), ``longer`` (by how many tokens the chosen side is longer) and ``preference`` (1 where the table has none).
         """
         from rlhf_dist.data.batching import Ragged
         from rlhf_dist.engines.objectives import PairwiseObjective
 
         rows: list[int] = []
-        correct: list[bool] = []
+        difference: list[float] = []
         self.engine.train(False)
         with self.torch.no_grad():
             for batch in self._micro_batches(PairwiseObjective(), table, np.arange(table.num_rows)):
                 scores = self.engine(batch).reshape(-1)[batch.last]
                 rows += batch.rows
-                correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
-        longer = (Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths)[rows]
+                difference += (scores[0::2] - scores[1::2]).tolist()[: len(batch.rows)]
+        longer = Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths
+        index = pa.array(rows, pa.int64())
+        several = "preference" in table.column_names
+        preference = table["preference"].take(index) if several else pa.array(np.ones(len(rows), np.float32))
         return pa.table(
             {
-                "source": table["source"].take(pa.array(rows, pa.int64())),
-                "correct": pa.array(correct, pa.bool_()).cast(pa.float64()),
-                "longer_wins": pa.array((np.sign(longer) + 1) / 2),
+                "row": index,
+                "source": table["source"].take(index),
+                "difference": pa.array(difference, pa.float64()),
+                "longer": pa.array(longer[rows]),
+                "preference": preference,
             }
         )
 
@@ -259,6 +263,21 @@ class LearnerWorker(Worker):
             values += out.reshape(-1)[batch.last].tolist()[: len(batch.rows)]
         score = pa.array(values, pa.float32())
         return pa.table({"row": pa.array(rows, pa.int64()), "score": score, column: score})
+
+    def center(self, table: pa.Table) -> float:
+        """Take the mean score of the responses in ``table`` off all scores from now on, the exported model's too.
+
+        Args:
+            table: ``schema.DEMONSTRATION``.
+
+        Returns:
+            that mean.
+        """
+        scores = self.scores(table, "score")["score"].to_numpy()
+        mean = float(np.concatenate(self.engine.gather(scores)).mean(dtype=np.float64))
+        module: Any = self.engine.module
+        module.center(mean)
+        return mean
 
     def _per_token(self, chunk: pa.Table, name: str, forward: Any) -> pa.Table:
         from rlhf_dist.data.batching import TokenColumn

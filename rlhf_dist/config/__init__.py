@@ -109,8 +109,11 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "distill", "compare", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
-    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``."""
+    recipe: Literal[
+        "sft", "distill", "compare", "reward_model", "ppo", "dpo", "pipeline", "evaluate", "evaluate_reward"
+    ] = "pipeline"
+    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``; evaluate_reward
+    judges the reward model in ``reward_model.path`` on held-out comparisons."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
     seed: int = 0
@@ -181,6 +184,11 @@ class Config(Section):
             raise ValueError(f"pipeline.stages: what stage {stage.name} sets is not valid: {faults}") from None
 
     @property
+    def initial_model(self) -> str | None:
+        """The model that the run begins with, and whose tokenizer it uses if no other is given; None: it builds one."""
+        return self.reward_model.path if self.recipe == "evaluate_reward" else self.model.path
+
+    @property
     def trains_reward(self) -> bool:
         """Whether a component of the reward is the pipeline's own reward model."""
         return any(c.model == "trained" for c in self.reward.components)
@@ -226,14 +234,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _contradictions(self, info: ValidationInfo) -> Config:
-        if self.model.path is None and not self.model.architecture:
+        if self.recipe == "evaluate_reward" and self.reward_model.path is None:
+            raise ValueError("recipe evaluate_reward needs a reward model: give its folder, reward_model.path")
+        if self.initial_model is None and not self.model.architecture:
             raise ValueError("model.path and model.architecture are both empty: give a model, or say what to build")
         if self.model.path is not None and self.model.architecture:
             raise ValueError("model.path and model.architecture are both given: which one is it?")
         if self.model.path is None and self.recipe in ("distill", "ppo", "dpo", "evaluate"):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
-        if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
-            raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
+        evaluates = self.recipe in ("evaluate", "evaluate_reward")
+        if self.data.format != "world" and self.data.train is None and not (evaluates and self.data.test):
+            missing = "neither data.test nor data.train is given" if evaluates else "data.train is not given"
+            raise ValueError(f"data.format is {self.data.format}, but {missing}")
         if not info.context:  # else this is the config of one stage
             self._check_stages()
         self._check_devices()
@@ -276,6 +288,12 @@ class Config(Section):
                     )
             case "reward_model" | "dpo":
                 self._check_comparisons(stage)
+            case "evaluate_reward":
+                if self.data.format not in COMPARISON_FORMATS:
+                    raise ValueError(
+                        f"evaluate_reward judges by comparisons, and data.format={self.data.format} has none; formats "
+                        f"that do: {', '.join(COMPARISON_FORMATS)}"
+                    )
             case "ppo":
                 self._check_ppo()
 

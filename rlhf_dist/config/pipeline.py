@@ -18,7 +18,7 @@ from pydantic import (
 
 from rlhf_dist.config.base import Section
 
-Recipe = Literal["sft", "distill", "compare", "reward_model", "dpo", "ppo", "evaluate"]
+Recipe = Literal["sft", "distill", "compare", "reward_model", "dpo", "ppo", "evaluate", "evaluate_reward"]
 
 #: What a stage is called that is given no name, and the folder that it makes.
 NAMES: dict[str, str] = {"compare": "comparisons", "ppo": "policy"}
@@ -168,6 +168,8 @@ def _resolved(cfg: StageConfig, before: Sequence[Stage], round_number: int) -> S
     own: tuple[str, ...] = POLICIES
     if cfg.recipe == "reward_model":
         own = (*SUPERVISED, "reward_model") if cfg.start else SUPERVISED
+    elif cfg.recipe == "evaluate_reward":
+        own = ("reward_model",)
     start = find("start", cfg.start, own)
     reward = find("reward", cfg.reward, ("reward_model",)) if cfg.recipe == "ppo" else None
     reference = None

@@ -50,8 +50,20 @@ class RewardModelConfig(SupervisedConfig):
     binarize: bool = False
     """For weak preferences, before a second training on people's: each pair A > B becomes `GOOD: A` > `BAD: A` and
     `BAD: B` > `GOOD: B`, of which less has to be unlearned (2112.00861). Needs loss=pairwise."""
-    shuffle_labels: bool = False
-    """Train on random labels: a control, which must not improve anything."""
+    label_noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training comparisons whose label is flipped, to see what wrong labels cost. 0.5 is a control: labels
+    then mean nothing, and must not improve anything."""
+    center: bool = True
+    """Take the mean score of preferred training responses off all scores of the result (InstructGPT, 2203.02155)."""
+
+    @model_validator(mode="after")
+    def _noise(self) -> RewardModelConfig:
+        if self.label_noise and self.loss == "kwise":
+            raise ValueError(
+                f"label_noise={self.label_noise} flips the labels of comparisons, and loss=kwise learns from rankings: "
+                "use loss=pairwise"
+            )
+        return self
 
     @model_validator(mode="after")
     def _binary(self) -> RewardModelConfig:

@@ -47,6 +47,17 @@ def targets(
     return tuple(p.tolist())
 
 
+def winner(preferences: Sequence[float]) -> int:
+    """The response that wins the most of its pairs, ties counting half; the first of several."""
+    k = round((1 + math.sqrt(1 + 8 * len(preferences))) / 2)
+    wins = [0.0] * k
+    for (i, j), p in zip(combinations(range(k), 2), preferences, strict=True):
+        if not math.isnan(p):
+            wins[i] += p
+            wins[j] += 1 - p
+    return wins.index(max(wins))
+
+
 def vote_score(votes: int, accepted: bool) -> int:
     """log2(1 + votes), rounded, and 1 more if the asker accepted the answer; -1 if votes are negative (Askell et al.,
     2112.00861, on StackExchange)."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from rlhf_dist.config import COMPARISON_FORMATS, Config
 from rlhf_dist.data import compare, formats, labels, tokenization, world
 from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.formats import Example, Purpose
+from rlhf_dist.data.preferences import flip_labels
 from rlhf_dist.data.readers import RowErrors, read_rows
 
 Split = Literal["train", "test"]
@@ -47,7 +47,7 @@ def make_tokenizer(cfg: Config, out_dir: str) -> Report:
     Returns ``vocab_size`` (the embedding rows that a model needs), ``bos_token_id``, ``eos_token_id``,
     ``pad_token_id``, ``skipped``, ``faults``, ``messages``.
     """
-    name = cfg.model.tokenizer or cfg.model.path
+    name = cfg.model.tokenizer or cfg.initial_model
     errors = RowErrors(cfg.data.on_bad_row)
     if name is None and cfg.data.format == "world":
         tokenizer: Any = world.build_tokenizer()
@@ -145,19 +145,24 @@ def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
 
 
 def load_comparisons(
-    cfg: Config, tokenizer_dir: str, split: Split, max_length: int, compared: Sequence[str] = ()
+    cfg: Config,
+    tokenizer_dir: str,
+    split: Split,
+    max_length: int,
+    compared: Sequence[str] = (),
+    label_noise: float = 0.0,
 ) -> tuple[pa.Table, Report]:
     """Comparisons of at most ``max_length`` tokens a side, as ``schema.COMPARISON``: all pairs of rankings, too.
 
     Of the training split ``reward_model.ties`` and ``labels`` say what is learned of each pair; held-out pairs keep the
     share of the annotators, and those that tie are left out, because no score can be right or wrong about them.
-    ``reward_model.shuffle_labels`` gives training labels to the responses of a prompt in a random order, ``binarize``
-    makes two comparisons of each pair. The world's test pairs are twice ``data.world.test_prompts``, half of them with
-    source "correctness".
+    ``binarize`` makes two comparisons of each pair. The world's test pairs are twice ``data.world.test_prompts``, half
+    of them with source "correctness".
 
     Args:
         compared: folders of comparisons that the run has collected (:mod:`rlhf_dist.data.compare`), which are learned
             beside those of the data.
+        label_noise: share of the pairs whose label is flipped; the report says how many as ``flipped``.
     """
     errors, held_out = RowErrors(cfg.data.on_bad_row), 0
     tokenizer = tokenization.load_tokenizer(tokenizer_dir)
@@ -174,6 +179,8 @@ def load_comparisons(
     if compared:
         collected, longer = _collected(cfg, compared, max_length)
         table, too_long = pa.concat_tables([table, compare.comparisons_of(collected)]), too_long + longer
+    if label_noise:
+        table, left_out["flipped"] = flip_labels(table, label_noise, cfg.seed)
     _check_rows(table, f"comparisons within max_length={max_length}", too_long)
     return table.combine_chunks(), _report(table, errors, too_long, held_out) | left_out
 
@@ -220,9 +227,6 @@ def _collected(cfg: Config, folders: Sequence[str], max_length: int) -> tuple[pa
 def _targets(cfg: Config, rows: Sequence[Example], split: Split) -> tuple[list[Example], dict[str, int]]:
     """Rows whose ``preferences`` are what is to be learned, or predicted (test split), as far as they have a pair."""
     rm = cfg.reward_model
-    if rm.shuffle_labels and split == "train":
-        rng = random.Random(f"{cfg.seed} shuffled labels")
-        rows = [replace(row, responses=tuple(rng.sample(row.responses, len(row.responses)))) for row in rows]
     ties, kind = (rm.ties, rm.labels) if split == "train" else ("drop", "share")
     aims = [labels.targets(row.preferences, ties, kind) for row in rows]
     kept = [replace(row, preferences=aim) for row, aim in zip(rows, aims, strict=True) if not np.isnan(aim).all()]

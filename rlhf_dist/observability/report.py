@@ -2,7 +2,8 @@
 
 Read from the run folder, each part left out where its file is not there:
 
-* ``summary.json``   tiles and the table of all figures; ``eval.STAGE.by_group.GROUP.METRIC`` makes the table by group
+* ``summary.json``   tiles and the table of all figures; ``eval.STAGE.by_group.GROUP.METRIC`` makes the table by group,
+                     ``STAGE.calibration`` the plot of a reward model
 * ``metrics.jsonl``  curves of every stage (:mod:`rlhf_dist.observability.metrics`)
 * ``samples.json``   ``[{"prompt", "before", "after", "score_before", "score_after"}, ...]``, side by side
 * ``config.yaml``    shown as it is
@@ -16,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.observability.charts import chart
+from rlhf_dist.observability.charts import calibration_chart, chart
 from rlhf_dist.observability.files import write_atomically
 from rlhf_dist.observability.formats import duration, human, printable
 from rlhf_dist.observability.metrics import RESERVED, read_metrics
@@ -76,6 +77,7 @@ figure{margin:0}figcaption{font-weight:600;font-size:14px}svg{display:block;widt
 svg text{fill:var(--dim);font-size:11px}.g{stroke:var(--line);stroke-width:1}
 .l{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.raw{stroke-width:1;opacity:.35}
 .h{fill:transparent;stroke:none}.h:hover{fill:var(--dim)}
+.b{stroke:var(--s0);stroke-width:8;opacity:.2}.p{fill:var(--s0)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--dim);margin-top:6px}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
 """
@@ -95,6 +97,7 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         _head(run_dir.resolve().name, summary),
         _by_group(summary.get("eval", {})),
+        _calibration(summary),
         _samples(_read_json(run_dir / "samples.json", [])),
         *_stages(read_metrics(run_dir / "metrics.jsonl")),
         _all_figures(summary),
@@ -165,6 +168,18 @@ def _by_group(evaluations: Any) -> str:
         for group, row in rows.items()
     )
     return f'<h2>By group</h2><div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _calibration(summary: Mapping[str, Any]) -> str:
+    """Of every reward model that was judged."""
+    figures = []
+    for stage, judged in summary.items():
+        if isinstance(judged, dict) and (curve := judged.get("calibration")):
+            note = f"{stage}: expected calibration error {human(judged['calibration_error'])}, {judged['pairs']} pairs"
+            title = "Predicted and observed win probability"
+            figures.append(calibration_chart(title, note, curve["predicted"], curve["observed"], curve["sides"]))
+    grid = f'<div class="grid">{"".join(figures)}</div>'
+    return f"<h2>Reward models on held-out pairs</h2>{grid}" if figures else ""
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from rlhf_dist.recipes.compare import collect_comparisons
 from rlhf_dist.recipes.distill import distill
 from rlhf_dist.recipes.dpo import dpo
 from rlhf_dist.recipes.evaluate import evaluate
+from rlhf_dist.recipes.evaluate_reward import evaluate_reward
 from rlhf_dist.recipes.ppo import ppo
 from rlhf_dist.recipes.reward_model import reward_model
 from rlhf_dist.recipes.sft import sft
@@ -30,8 +31,10 @@ def pipeline(run: Run) -> None:
     results: dict[str, Path] = {}
     for stage in run.cfg.stages:
         with run.at(stage):
-            if stage.recipe == "evaluate":  # figures, and no folder
+            if stage.recipe == "evaluate":  # figures, and no result that another stage could read
                 evaluate(run, path_of(run, stage.start, results))
+            elif stage.recipe == "evaluate_reward":
+                evaluate_reward(run, path_of(run, stage.start, results))
             else:
                 results[stage.name] = run.once(results, partial(make, run, stage, results))
 

@@ -13,20 +13,22 @@ import pytest
 import ray
 import torch
 from learners import ALGO, BUDGET, OPTIM, SECONDS, running, save_models, spec_of, table_of
+from tiny import rollouts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_dist import schema
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
-from rlhf_dist.actors.scorer import Reference, ReferenceGroup
+from rlhf_dist.actors.scorer import Reference, ReferenceGroup, Scorer
 from rlhf_dist.actors.transport import PulledWeights
 from rlhf_dist.adapters import merged
-from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig
-from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig, RewardComponent
+from rlhf_dist.data.batching import collate, collate_pairs, micro_batches, sequence_lengths
 from rlhf_dist.data.experience import join
 from rlhf_dist.engines.objectives import PolicyObjective
-from rlhf_dist.models import PolicyModule, load_policy
+from rlhf_dist.models import PolicyModule, ScalarModule, load_policy, load_scalar
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -189,6 +191,47 @@ def test_a_sharded_reference_gives_what_a_replica_gives(folders: Path) -> None:
     expected *= np.repeat(trained, [len(x) for x in table["response_ids"].to_pylist()])  # the others need no forward
     for found in (one, two):
         np.testing.assert_allclose(np.concatenate(found["ref_logprobs"].to_pylist()), expected, atol=1e-5)
+
+
+def test_centered_scores_have_mean_zero_wherever_the_folder_is_loaded(folders: Path, tmp_path: Path) -> None:
+    """Two ranks with ZeRO-3 center and export; a scorer and a sharded reward model load what they wrote."""
+    chunk = rollouts([(3, 9), (2, 4), (5, 6), (1, 2), (4, 1)])
+    reference = ray.put(chunk.select(["prompt_ids", "response_ids"]))
+    module = ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa"))
+    with torch.no_grad():
+        expected = module.scores(collate(chunk, range(5))).numpy()
+    assert abs(expected.mean()) > 0.01
+    with running(spec_of(folders, "pairwise", 2, 3)) as group:
+        assert group.center(reference) == pytest.approx(expected.mean(), abs=1e-5)
+        assert group.center(reference) == pytest.approx(0, abs=1e-6)
+        group.export(str(tmp_path), str(folders / "tokenizer"))
+    components = [RewardComponent(name="r", model=str(tmp_path))]
+    scorer = Scorer.__ray_metadata__.modified_class(
+        "reward", components, ModelConfig(path="-"), str(folders / "tokenizer"), BUDGET, 0
+    )
+    prompts = pa.table({"prompt_id": range(5), "prompt_ids": [[1]] * 5, "prompt": ["p"] * 5, "fields": ["{}"] * 5})
+    found = scorer.score(chunk, prompts.cast(schema.PROMPT), True)[0]
+    np.testing.assert_allclose(found["score"].to_numpy(), expected - expected.mean(), atol=1e-5)
+    frozen = replace(spec_of(folders, None, 2, 3), head="scalar", model_path=str(tmp_path))
+    with running(frozen) as group:
+        sharded = join(chunk, ray.get(group.scores(one_chunk(chunk), "score/r").parts[0]), "reward")
+    np.testing.assert_allclose(sharded["score"].to_numpy(), expected - expected.mean(), atol=1e-5)
+
+
+def test_outcomes_of_pairs_come_in_order_from_all_ranks(folders: Path) -> None:
+    shares = pa.array([1, 0.5, 2 / 3, 1, 0.75], pa.float32())
+    single = table_of("pairwise").select(["prompt_ids", "chosen_ids", "rejected_ids", "margin", "source"])
+    module = ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa"))
+    with torch.no_grad():
+        scores = module.scores(collate_pairs(single, range(5))).numpy()
+    with running(spec_of(folders, "pairwise", 2, 2)) as group:
+        found = group.pair_outcomes(ray.put(single))
+        judged = group.pair_outcomes(ray.put(single.append_column("preference", shares)))
+    assert found["row"].to_pylist() == list(range(5))
+    np.testing.assert_allclose(found["difference"].to_numpy(), scores[0::2] - scores[1::2], atol=1e-5)
+    assert found["longer"].to_pylist() == [2, -2, 4, 0, -4]
+    assert found["preference"].to_pylist() == [1] * 5
+    assert judged["preference"].to_pylist() == shares.to_pylist()
 
 
 def test_bfloat16_learns(folders: Path) -> None:

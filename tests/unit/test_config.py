@@ -190,8 +190,8 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', 'pipeline' "
-        "or 'evaluate'",
+        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', "
+        "'pipeline', 'evaluate' or 'evaluate_reward'",
     ),
     (
         "no such ZeRO stage",
@@ -396,6 +396,33 @@ BROKEN_FILES = [
         "K-wise with tags",
         "reward_model: {loss: kwise, binarize: true}",
         "{file}: reward_model: binarize=true compares a response with itself under another tag: use loss=pairwise",
+    ),
+    (
+        "noise in rankings",
+        "reward_model: {loss: kwise, label_noise: 0.1}",
+        "{file}: reward_model: label_noise=0.1 flips the labels of comparisons, and loss=kwise learns from rankings: "
+        "use loss=pairwise",
+    ),
+    (
+        "more noise than labels",
+        "reward_model: {label_noise: 0.6}",
+        "{file}: reward_model.label_noise = 0.6: input should be less than or equal to 0.5",
+    ),
+    (
+        "no reward model to judge",
+        "recipe: evaluate_reward",
+        "{file}: recipe evaluate_reward needs a reward model: give its folder, reward_model.path",
+    ),
+    (
+        "nothing to judge a reward model by",
+        "{recipe: evaluate_reward, reward_model: {path: r}, data: {format: gsm8k, test: a.jsonl}}",
+        "{file}: evaluate_reward judges by comparisons, and data.format=gsm8k has none; formats that do: world, hh, "
+        "preferences, rankings, qa_feedback, voted",
+    ),
+    (
+        "no held-out data",
+        "{recipe: evaluate_reward, reward_model: {path: r}, data: {format: hh}}",
+        "{file}: data.format is hh, but neither data.test nor data.train is given",
     ),
     (
         "a penalty longer than the response",

@@ -1,4 +1,4 @@
-"""From config to token tables: rendering, lengths, held-out prompts, label shuffling, tokenizers."""
+"""From config to token tables: rendering, lengths, held-out prompts, label noise, tokenizers."""
 
 from __future__ import annotations
 
@@ -129,20 +129,13 @@ def test_pairs_are_measured_by_their_longer_side(hh: tuple[Config, str]) -> None
     assert tokenization.tokenize_comparisons(tokenizer, rows, longer - 1)[1] == 1
 
 
-def test_shuffled_labels_keep_the_pairs_and_lose_the_order(hh: tuple[Config, str]) -> None:
+def test_label_noise_flips_training_pairs_and_counts_them(hh: tuple[Config, str]) -> None:
     cfg, folder = hh
-    control = cfg.model_copy(update={"reward_model": cfg.reward_model.model_copy(update={"shuffle_labels": True})})
-    clean = load.load_comparisons(cfg, folder, "train", 512)[0].to_pylist()
-    shuffled = load.load_comparisons(control, folder, "train", 512)[0]
-    schema.check(shuffled, schema.COMPARISON, "pairs")
-    swapped = 0
-    for a, b in zip(clean, shuffled.to_pylist(), strict=True):
-        if a != b:
-            swapped += 1
-            assert b == a | {"chosen_ids": a["rejected_ids"], "rejected_ids": a["chosen_ids"]}
-    assert 35 < swapped < 77
-    tests = [load.load_comparisons(c, folder, "test", 512)[0] for c in (cfg, control)]
-    assert tests[0] == tests[1], "the control is measured on clean pairs"
+    clean = load.load_comparisons(cfg, folder, "train", 512)[0]
+    noisy, report = load.load_comparisons(cfg, folder, "train", 512, None, 0.25)
+    schema.check(noisy, schema.COMPARISON, "pairs")
+    differ = sum(a != b for a, b in zip(clean.to_pylist(), noisy.to_pylist(), strict=True))
+    assert 10 < report["flipped"] == differ < 50
 
 
 HH_FAULTS = {
@@ -240,7 +233,7 @@ def test_ties_and_shares_are_learned_where_the_config_says_so(hh: tuple[Config, 
 
 def test_held_out_pairs_keep_the_share_and_lose_ties(hh: tuple[Config, str], tmp_path: Path) -> None:
     """Whatever is learned: a tie cannot be predicted, and the agreement of the annotators is a figure of the test."""
-    for settings in ({}, {"ties": "learn", "labels": "share", "shuffle_labels": True}):
+    for settings in ({}, {"ties": "learn", "labels": "share"}):
         found, report = pairs_of(ranked(tmp_path, RANKED, **settings), hh[1], "test")
         assert found == [*BY_RANK, ("this", "that", 0.625)]
         assert report["tied"] == 2
@@ -276,14 +269,6 @@ def test_weak_pairs_are_binarized(hh: tuple[Config, str], tmp_path: Path) -> Non
     for split in ("train", "test"):
         found, _ = pairs_of(cfg, hh[1], split)
         assert found == [("GOOD: liked", "BAD: liked", 1), ("BAD: hated", "GOOD: hated", 1)]
-
-
-def test_shuffled_labels_of_rankings_lose_the_order(hh: tuple[Config, str], tmp_path: Path) -> None:
-    rows = [{"prompt": f"Rank {i}.", "responses": ["best", "good", "bad"]} for i in range(60)]
-    found, _ = pairs_of(ranked(tmp_path, rows, shuffle_labels=True), hh[1])
-    right = {("best", "good"), ("best", "bad"), ("good", "bad")}
-    assert len(found) == 180
-    assert 60 < sum((chosen, rejected) in right for chosen, rejected, _ in found) < 120
 
 
 def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: Path, world_tokenizer: str) -> None:

@@ -57,6 +57,12 @@ def test_a_pipeline_with_a_function_trains_no_reward_model() -> None:
     assert [stage for stage, *_ in shape(cfg)] == ["sft", "ppo", "ppo", "ppo", "ppo", "ppo"]
 
 
+def test_a_reward_model_is_judged_by_its_learners_processes_alone() -> None:
+    cfg = load(None, ["recipe=evaluate_reward", "reward_model.path=r", "reward_model.learner.ranks=3"])
+    assert shape(cfg) == [("evaluate_reward", "reward_model", 3)]
+    assert cfg.initial_model == "r"
+
+
 @pytest.mark.parametrize("recipe", ["sft", "reward_model"])
 def test_one_stage_alone(recipe: str) -> None:
     assert shape(load(None, [f"recipe={recipe}"])) == [(recipe, recipe, 2)]
