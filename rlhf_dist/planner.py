@@ -46,6 +46,7 @@ def roles(cfg: Config) -> list[Role]:
         plan.append(_learner("dpo", "dpo", cfg.dpo.learner))
         plan.append(Role("evaluate", *generator))
         plan.append(_reference("evaluate", cfg))
+        plan += _metrics("evaluate", cfg)
     if cfg.runs_ppo:
         plan.append(_learner("ppo", "policy", cfg.policy.learner))
         if cfg.uses_critic:
@@ -64,12 +65,23 @@ def roles(cfg: Config) -> list[Role]:
         )
         if cfg.uses_reference:
             plan.append(_reference("ppo", cfg))
+        plan += _metrics("ppo", cfg)
     if cfg.recipe == "evaluate":
         plan.append(Role("evaluate", *generator))
         if not cfg.trains_reward:
             r = cfg.reward
             plan.append(Role("evaluate", "reward", r.replicas, r.cpus, r.gpus, ""))
+        plan += _metrics("evaluate", cfg)
     return plan
+
+
+def _metrics(stage: str, cfg: Config) -> list[Role]:
+    """The process of ``evaluation.metrics``, where it was given a share of the machine."""
+    e = cfg.evaluation
+    if not e.metrics or not (e.cpus or e.gpus):
+        return []
+    what = " and ".join(m.name for m in e.metrics)
+    return [Role(stage, "metrics", 1, e.cpus, e.gpus, what)]
 
 
 def check_fits(cfg: Config, cpus: float, gpus: float) -> None:
@@ -94,6 +106,9 @@ def check_files(cfg: Config) -> list[str]:
     models = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer, "critic.path": cfg.critic.path}
     models |= {
         f"reward.components[{i}].model": c.model for i, c in enumerate(cfg.reward.components) if c.model != "trained"
+    }
+    models |= {
+        f"evaluation.metrics[{i}].model": m.model for i, m in enumerate(cfg.evaluation.metrics) if m.model != "trained"
     }
     models["reward_model.path"] = cfg.reward_model.path
     models["distill.teacher"] = cfg.distill.teacher

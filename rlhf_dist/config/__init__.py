@@ -194,6 +194,7 @@ class Config(Section):
         if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
             raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
         self._check_stages()
+        self._check_metrics()
         if self.runs_ppo:
             self._check_ppo()
         self._check_devices()
@@ -209,10 +210,11 @@ class Config(Section):
                 f"pipeline.stages={list(stages)}: ppo needs the reward model that reward.components asks for "
                 "(`model: trained`); put reward_model before it, or give its folder"
             )
-        if "reward_model" in stages and "ppo" in stages and not self.trains_reward:
+        uses_trained = self.trains_reward or any(m.model == "trained" for m in self.evaluation.metrics)
+        if "reward_model" in stages and "ppo" in stages and not uses_trained:
             raise ValueError(
                 f"pipeline.stages={list(stages)} trains a reward model that nobody uses: no component of "
-                "reward.components is `model: trained`"
+                "reward.components, and none of evaluation.metrics, is `model: trained`"
             )
         if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
@@ -224,6 +226,20 @@ class Config(Section):
             )
         if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
             raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
+
+    def _check_metrics(self) -> None:
+        stages = self.stages
+        before_ppo = stages[: stages.index("ppo")] if "ppo" in stages else ()
+        for metric in self.evaluation.metrics:
+            if metric.model == "trained" and "reward_model" not in before_ppo:
+                raise ValueError(
+                    f"evaluation.metrics: {metric.name} is `model: trained`, the reward model that a pipeline trains "
+                    f"before ppo, and the stages are {list(stages)}; give its folder"
+                )
+            if metric.name in [c.name for c in self.reward.components] and len(self.reward.components) > 1:
+                raise ValueError(
+                    f"evaluation.metrics and reward.components both have the name {metric.name}; give one another"
+                )
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:

@@ -90,7 +90,7 @@ def start_workers(
     reward = groups.reward(run, reward_model_path)
     reference = groups.reference(run, model_path) if cfg.uses_reference else None
     experience = groups.experience(run)
-    metrics = groups.evaluation_metrics(run)
+    metrics = groups.evaluation_metrics(run, reward_model_path)
     pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
     run.start(
         generator=generators,
