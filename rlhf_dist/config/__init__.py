@@ -32,6 +32,7 @@ from rlhf_dist.config.ppo import (
     POLICY_LOSSES,
     AlgoConfig,
     CriticConfig,
+    EarlyStopConfig,
     PolicyConfig,
     RolloutConfig,
     TrainConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "DistillConfig",
+    "EarlyStopConfig",
     "EvalMetric",
     "EvaluationConfig",
     "GeneratorConfig",
@@ -197,6 +199,7 @@ class Config(Section):
         self._check_metrics()
         if self.runs_ppo:
             self._check_ppo()
+            self._check_early_stop()
         self._check_devices()
         return self
 
@@ -240,6 +243,26 @@ class Config(Section):
                 raise ValueError(
                     f"evaluation.metrics and reward.components both have the name {metric.name}; give one another"
                 )
+
+    def _check_early_stop(self) -> None:
+        metric, known = self.train.early_stop.metric, ["reward", *(m.name for m in self.evaluation.metrics)]
+        if metric is None:
+            return
+        if metric not in known:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is no figure of the evaluation; expected one of {', '.join(known)}, "
+                "or add it to evaluation.metrics"
+            )
+        if not 0 < self.run.eval_every < self.train.steps:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is read every run.eval_every={self.run.eval_every} steps of "
+                f"train.steps={self.train.steps}; set run.eval_every to 1 or more, and less than the steps"
+            )
+        if not self.run.checkpoint_every:
+            raise ValueError(
+                f"train.early_stop.metric={metric} goes back to the checkpoint of the best evaluation, but "
+                "run.checkpoint_every=0 saves none; set it to 1 or more"
+            )
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:
