@@ -43,6 +43,8 @@ def inputs(cfg: Config, stage: Stage, results: dict[str, Path], model: str, toke
     tree = own.model_dump(mode="json")
     keys = flat({name: tree[name] for name in ("seed", "model", "data", *READS[stage.recipe])})
     keys.pop("data.dir")  # what the files say counts, not where they are
+    judges = [metric.model for metric in own.evaluation.metrics if "evaluation" in READS[stage.recipe]]
+    reads = [*stage.inputs, *(name for name in judges if name in results)]
     files = [name for name in (own.data.train, own.data.test, own.data.pretrain) if name]
     return {
         "recipe": stage.recipe,
@@ -51,7 +53,7 @@ def inputs(cfg: Config, stage: Stage, results: dict[str, Path], model: str, toke
         "data": {name: _digest(Path(own.data.dir or "") / name) for name in files},
         "model": _digest(Path(model)),
         "tokenizer": _digest(Path(tokenizer)),
-        "stages": {name: _digest(results[name]) for name in stage.inputs},
+        "stages": {name: _digest(results[name]) for name in reads},
     }
 
 

@@ -49,17 +49,28 @@ def _roles(cfg: Config, stage: Stage) -> list[Role]:
             return [_learner(label, "reward_model", cfg.reward_model.learner)]
         case "dpo":
             after = f"{label} evaluation"
-            return [_learner(label, "dpo", cfg.dpo.learner), Role(after, *generator), _reference(after, cfg)]
+            evaluation = [Role(after, *generator), _reference(after, cfg), *_metrics(after, cfg)]
+            return [_learner(label, "dpo", cfg.dpo.learner), *evaluation]
         case "ppo":
             critic = [_learner(label, "critic", cfg.critic.learner)] if cfg.uses_critic else []
             reference = [_reference(label, cfg)] if cfg.uses_reference else []
-            return [_learner(label, "policy", cfg.policy.learner), *critic, Role(label, *generator), reward, *reference]
+            learners = [_learner(label, "policy", cfg.policy.learner), *critic]
+            return [*learners, Role(label, *generator), reward, *reference, *_metrics(label, cfg)]
         case "evaluate":
-            return [Role(label, *generator), *([] if cfg.trains_reward else [reward])]
+            return [Role(label, *generator), *([] if cfg.trains_reward else [reward]), *_metrics(label, cfg)]
         case "evaluate_reward":
             c = cfg.reward_model.learner
             return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group")]
     raise AssertionError(stage.recipe)
+
+
+def _metrics(stage: str, cfg: Config) -> list[Role]:
+    """The process of ``evaluation.metrics``, where it was given a share of the machine."""
+    e = cfg.evaluation
+    if not e.metrics or not (e.cpus or e.gpus):
+        return []
+    what = " and ".join(m.name for m in e.metrics)
+    return [Role(stage, "metrics", 1, e.cpus, e.gpus, what)]
 
 
 def check_fits(cfg: Config, cpus: float, gpus: float) -> None:
@@ -88,6 +99,10 @@ def _check_files(cfg: Config) -> list[str]:
     models = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer, "critic.path": cfg.critic.path}
     models |= {
         f"reward.components[{i}].model": c.model for i, c in enumerate(cfg.reward.components) if c.model != "trained"
+    }
+    known = ("trained", *(stage.name for stage in cfg.stages))
+    models |= {
+        f"evaluation.metrics[{i}].model": m.model for i, m in enumerate(cfg.evaluation.metrics) if m.model not in known
     }
     models["reward_model.path"] = cfg.reward_model.path
     models["distill.teacher"] = cfg.distill.teacher

@@ -23,7 +23,7 @@ MAY_CHANGE = (
     r".*micro_batch_tokens",
     r"reward\.(replicas|cpus|gpus|resources)(\..*)?",
     r"reward\.components\.\d+\.(url|headers|timeout|retries)(\..*)?",
-    r"evaluation\.show_samples",
+    r"evaluation\.(show_samples|cpus|gpus)",
 )
 
 

@@ -78,6 +78,8 @@ class Run:
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self.failed_batch: str | None = None
         self.stage = cfg.stages[0]
+        self.results: dict[str, Path] = {}
+        """Folders of what the stages so far have made, by name."""
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
@@ -156,17 +158,14 @@ class Run:
         """A path beside the folder of the stage's result."""
         return self.path(self.stage.parent, *parts)
 
-    def once(self, results: dict[str, Path], make: Callable[[], str]) -> Path:
-        """The result of the stage that ``make`` writes to its folder, unless it was made before from the same inputs.
-
-        Args:
-            results: folders of what the stages before have made, by name.
+    def once(self, make: Callable[[], str]) -> Path:
+        """The result of the stage, which ``make`` writes to its folder, unless it was made before from the same inputs.
 
         Raises:
             ValueError: the run has it already, from other inputs; names what differs.
         """
         stage, folder = self.stage, Path(self.result)
-        inputs = artifacts.inputs(self.cfg, stage, results, self.model_path, self.tokenizer_dir)
+        inputs = artifacts.inputs(self.cfg, stage, self.results, self.model_path, self.tokenizer_dir)
         if (folder / checkpoint.MANIFEST).exists():
             if changed := artifacts.changed(folder, inputs):
                 lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())

@@ -40,6 +40,7 @@ from rlhf_dist.config.ppo import (
     POLICY_LOSSES,
     AlgoConfig,
     CriticConfig,
+    EarlyStopConfig,
     PolicyConfig,
     RolloutConfig,
     TrainConfig,
@@ -80,6 +81,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "DistillConfig",
+    "EarlyStopConfig",
     "EvalMetric",
     "EvaluationConfig",
     "GeneratorConfig",
@@ -257,20 +259,21 @@ class Config(Section):
         names = [stage.name for stage in stages]
         if not stages:
             raise ValueError("pipeline.stages is empty: give at least one stage")
-        trains_reward = False
+        uses_trained = False
         for stage in stages:
             own = self.of(stage)
             own._check_stage(stage)
-            trains_reward |= stage.recipe == "ppo" and own.trains_reward
+            judged_by = [metric.model for metric in own.evaluation.metrics]
+            uses_trained |= own.trains_reward or bool({"trained", *names} & set(judged_by))
             if self.recipe == "pipeline" and stage.recipe == "ppo" and own.trains_reward and stage.reward is None:
                 raise ValueError(
                     f"pipeline.stages={names}: {stage.name} needs the reward model that reward.components asks for "
                     "(`model: trained`); put reward_model before it, or give its folder"
                 )
-        if "reward_model" in recipes and "ppo" in recipes and not trains_reward:
+        if "reward_model" in recipes and "ppo" in recipes and not uses_trained:
             raise ValueError(
                 f"pipeline.stages={names} trains a reward model that nobody uses: no component of "
-                "reward.components is `model: trained`"
+                "reward.components, and none of evaluation.metrics, is `model: trained`"
             )
 
     def _check_stage(self, stage: Stage) -> None:
@@ -296,6 +299,8 @@ class Config(Section):
                     )
             case "ppo":
                 self._check_ppo()
+                self._check_metrics(stage)
+                self._check_early_stop()
 
     def _check_comparisons(self, stage: Stage) -> None:
         rm, found = self.reward_model, self.data.format
@@ -315,6 +320,38 @@ class Config(Section):
             raise ValueError(
                 f"reward_model.ties={rm.ties}, labels={rm.labels}, binarize={str(rm.binarize).lower()}: dpo reads the "
                 "same pairs and needs the better side of each; use drop, majority and false"
+            )
+
+    def _check_metrics(self, stage: Stage) -> None:
+        for metric in self.evaluation.metrics:
+            if metric.model == "trained" and stage.reward is None:
+                raise ValueError(
+                    f"evaluation.metrics: {metric.name} is `model: trained`, the reward model that a pipeline trains "
+                    f"before {stage.name}, and there is none; give its folder"
+                )
+            if metric.name in [c.name for c in self.reward.components] and len(self.reward.components) > 1:
+                raise ValueError(
+                    f"evaluation.metrics and reward.components both have the name {metric.name}; give one another"
+                )
+
+    def _check_early_stop(self) -> None:
+        metric, known = self.train.early_stop.metric, ["reward", *(m.name for m in self.evaluation.metrics)]
+        if metric is None:
+            return
+        if metric not in known:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is no figure of the evaluation; expected one of {', '.join(known)}, "
+                "or add it to evaluation.metrics"
+            )
+        if not 0 < self.run.eval_every < self.train.steps:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is read every run.eval_every={self.run.eval_every} steps of "
+                f"train.steps={self.train.steps}; set run.eval_every to 1 or more, and less than the steps"
+            )
+        if not self.run.checkpoint_every:
+            raise ValueError(
+                f"train.early_stop.metric={metric} goes back to the checkpoint of the best evaluation, but "
+                "run.checkpoint_every=0 saves none; set it to 1 or more"
             )
 
     def _check_ppo(self) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf_dist.config.base import Fraction, Section, is_function
+from rlhf_dist.config.base import Fraction, NonNegative, Section, is_function
 from rlhf_dist.config.processes import LearnerConfig, OptimConfig
 
 
@@ -131,14 +131,26 @@ class CompareConfig(Section):
 
 
 class EvalMetric(Section):
-    """A figure of held-out samples, computed by a function like a reward's."""
+    """A figure of held-out samples that nothing is trained on. Exactly one of ``model``, ``function``."""
 
     name: str = "gold_score"
     """Reported as ``eval/NAME``."""
-    function: str = "rlhf_dist.data.world:gold_score"
-    """``package.module:function``."""
+    model: str | None = None
+    """Folder or hub name of a reward model, such as one trained on the other half of the data, or the name of the
+    pipeline's stage that trains it; ``trained``: the one that is the reward."""
+    function: str | None = None
+    """``package.module:function``, called as a reward's."""
     timeout: PositiveFloat = 60
-    """Seconds for one call."""
+    """Seconds for one call of a function."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvalMetric:
+        given = [k for k in ("model", "function") if getattr(self, k)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of model, function; got {given or 'none'}")
+        if self.function and not is_function(self.function):
+            raise ValueError(f"function must read package.module:function, got {self.function!r}")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -147,12 +159,44 @@ class EvaluationConfig(Section):
     prompts: PositiveInt = 256
     """Held-out prompts."""
     n_samples_per_prompt: PositiveInt = 1
-    """Samples at the training temperature; with n > 1 also best-of-n by the reward."""
+    """Samples at the training temperature."""
+    best_of_n: list[PositiveInt] | None = None
+    """What to expect of the sample that the reward prefers among n, for each of these n. Estimated from all samples
+    of a prompt, so none may be larger than their number. Default: that number, where it is above 1."""
     greedy: bool = True
     """Also decode greedily."""
     metrics: list[EvalMetric] = []
     """Figures besides the reward and the KL."""
+    cpus: NonNegative = 0
+    """CPUs of the process that computes ``metrics``; functions need none of their own, models do."""
+    gpus: NonNegative = 0
+    """GPUs of that process."""
     group_by: str | None = None
     """Field of the prompt rows by which a table is made (the world's ``family``)."""
     show_samples: int = Field(3, ge=0)
     """Samples printed before and after."""
+
+    @property
+    def best_of_sizes(self) -> list[int]:
+        """``best_of_n`` with its default."""
+        if self.best_of_n is not None:
+            return self.best_of_n
+        return [self.n_samples_per_prompt] if self.n_samples_per_prompt > 1 else []
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationConfig:
+        if max(self.best_of_sizes, default=0) > self.n_samples_per_prompt:
+            raise ValueError(
+                f"best_of_n={self.best_of_n} needs {max(self.best_of_sizes)} samples of each prompt, but "
+                f"n_samples_per_prompt={self.n_samples_per_prompt}; raise it, or leave the larger n out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _named(self) -> EvaluationConfig:
+        names = [m.name for m in self.metrics]
+        if len(set(names)) < len(names) or "reward" in names:
+            raise ValueError(
+                f"metrics must have different names, and none of them reward, which is the reward's; got {names}"
+            )
+        return self

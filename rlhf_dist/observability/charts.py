@@ -19,12 +19,21 @@ SMOOTH_FROM = 40
 BAR_HEIGHT = 0.25
 
 
-def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
+def chart(
+    title: str,
+    unit: str,
+    series: Mapping[str, Points],
+    x_name: str = "step",
+    marks_at: Mapping[str, float] | None = None,
+) -> str:
     """A ``<figure>`` with one line per series, or "" if no series has a finite point.
 
-    A series is a list of (step, value), sorted by step; a value of None or one that is not finite breaks the line.
+    A series is a list of (step, value), drawn in its order; a value of None or one that is not finite breaks the line.
     A single long series is drawn faintly with its moving average over it. Quantities with a unit are shown from zero.
     Of more than six series the smallest share the last colour.
+
+    Args:
+        marks_at: labels, and where on the axis of ``x_name`` each has its upright line.
     """
     lines = {name: _thinned(points) for name, points in series.items()}
     finite = [(x, y) for points in lines.values() for x, y in points if y is not None]
@@ -33,7 +42,7 @@ def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
     if len(lines) > MAX_SERIES:
         lines = dict(sorted(lines.items(), key=lambda item: -max((y for _, y in item[1] if y is not None), default=0)))
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
-    x_ticks = ticks(x_low, x_high, 5, whole=True)
+    x_ticks = ticks(x_low, x_high, 5, whole=x_name == "step")
     lowest = min(y for _, y in finite)
     y_ticks = ticks(min(lowest, 0) if unit else lowest, max(y for _, y in finite), 4)
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -52,7 +61,13 @@ def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
         if x_low <= tick <= x_high:
             px, _ = place(tick, y_low)
             marks.append(f'<text x="{px}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{human(tick)}</text>')
-    marks.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 2}" text-anchor="middle">step</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    marks.append(f'<text x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_name)}</text>')
+    for label, x in (marks_at or {}).items():
+        px, _ = place(x, y_low)
+        marks.append(f'<line class="m" x1="{px}" x2="{px}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        side = f'x="{px - 4:.1f}" text-anchor="end"' if px > middle else f'x="{px + 4:.1f}"'
+        marks.append(f'<text {side} y="{HEIGHT - BOTTOM - 5}">{escape(label)}</text>')
     for i, (name, points) in enumerate(lines.items()):
         colour = f"var(--s{min(i, MAX_SERIES - 1)})"
         smooth = len(lines) == 1 and len(points) >= SMOOTH_FROM
@@ -62,7 +77,7 @@ def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
         for x, y in points:
             if y is not None:
                 px, py = place(x, y)
-                hint = escape(f"{name}, step {x:g}: {human(y)}")
+                hint = escape(f"{name}, {x_name} {x:g}: {human(y)}")
                 marks.append(f'<circle class="h" cx="{px}" cy="{py}" r="4"><title>{hint}</title></circle>')
     return _figure(title, unit, marks, _legend(list(lines)) if len(lines) > 1 else "")
 

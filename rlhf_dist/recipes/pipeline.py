@@ -12,7 +12,6 @@ Source: Ouyang et al., 2203.02155; rounds: Bai et al., 2204.05862, section 4.5.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from rlhf_dist.config import Stage
 from rlhf_dist.recipes.compare import collect_comparisons
@@ -28,21 +27,21 @@ from rlhf_dist.run import Run
 
 def pipeline(run: Run) -> None:
     """Make every stage of the config; the results are in the run folder."""
-    results: dict[str, Path] = {}
     for stage in run.cfg.stages:
         with run.at(stage):
-            if stage.recipe == "evaluate":  # figures, and no result that another stage could read
-                evaluate(run, path_of(run, stage.start, results))
-            elif stage.recipe == "evaluate_reward":
-                evaluate_reward(run, path_of(run, stage.start, results))
-            else:
-                results[stage.name] = run.once(results, partial(make, run, stage, results))
+            match stage.recipe:
+                case "evaluate":  # figures, and no result that another stage could read
+                    evaluate(run, path_of(run, stage.start))
+                case "evaluate_reward":
+                    evaluate_reward(run, path_of(run, stage.start))
+                case _:
+                    run.results[stage.name] = run.once(partial(make, run, stage))
 
 
-def make(run: Run, stage: Stage, results: dict[str, Path]) -> str:
+def make(run: Run, stage: Stage) -> str:
     """Run the recipe of a stage; returns the folder of its result."""
-    start = path_of(run, stage.start, results)
-    compared = [str(results[name]) for name in stage.comparisons]
+    start = path_of(run, stage.start)
+    compared = [path_of(run, name) for name in stage.comparisons]
     match stage.recipe:
         case "sft":
             return sft(run, start)
@@ -55,11 +54,11 @@ def make(run: Run, stage: Stage, results: dict[str, Path]) -> str:
         case "dpo":
             return dpo(run, start, compared)
         case "ppo":
-            reward = str(results[stage.reward]) if stage.reward else None
-            return ppo(run, start, reward, path_of(run, stage.reference, results))
+            reward = path_of(run, stage.reward) if stage.reward else None
+            return ppo(run, start, reward, path_of(run, stage.reference))
     raise AssertionError(stage.recipe)
 
 
-def path_of(run: Run, stage: str | None, results: dict[str, Path]) -> str:
+def path_of(run: Run, stage: str | None) -> str:
     """The folder of a stage's result; None: the model that the run starts from."""
-    return run.model_path if stage is None else str(results[stage])
+    return run.model_path if stage is None else str(run.results[stage])

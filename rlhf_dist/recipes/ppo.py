@@ -36,6 +36,7 @@ from rlhf_dist.data.prompts import minibatches
 from rlhf_dist.data.trained import TrainedLedger, TrainedStep
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.evaluate import Evaluator, show
+from rlhf_dist.recipes.history import History
 from rlhf_dist.recipes.progress import StepClock, log_given_up, log_syncs, shown
 from rlhf_dist.recipes.saving import Saver, TrainState
 from rlhf_dist.run import Run
@@ -98,7 +99,7 @@ def start_workers(
     reward = groups.reward(run, reward_model_path)
     reference = groups.reference(run, reference_path) if cfg.uses_reference else None
     experience = groups.experience(run)
-    metrics = groups.evaluation_metrics(run)
+    metrics = groups.evaluation_metrics(run, reward_model_path)
     pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
     run.start(
         generator=generators,
@@ -145,11 +146,14 @@ def train(
     run.faults.works_again()
     evaluate = Evaluator(run, generators, experience, reward, reference, workers.metrics)
     before = state.before or evaluate(first, step=0)
+    history = History(run, before, state.history)
     scale = initial_scale(before) if cfg.reward.normalize else ScoreScale()
     kl_control = kl_controller(cfg.algo.kl_coef, cfg.algo.kl_target, cfg.algo.kl_horizon, state.kl_control)
 
     with run.saving(), run.terminal.stage(label, cfg.train.steps) as bar:
         for step in run.steps(done=state.step):
+            if history.ended:
+                break
             clock = StepClock(run.trace)
             rollouts = stream.next_batch()
             old = policy.logprobs(rollouts) if cfg.algo.old_logprobs == "learner" else None
@@ -182,15 +186,16 @@ def train(
             run.log(label, step, figures | replaced | clock.figures(rollouts) | saver.figures())
             bar.update(step, shown(figures, rollouts, clock))
             due = cfg.run.eval_every and step % cfg.run.eval_every == 0 and step < cfg.train.steps
-            score = evaluate(label, step)["metrics"]["reward"] if due else None
-            state = TrainState(step, stream.state_dict(), kl_control.state_dict(), before)
-            saver.save_if_due(state, [policy, critic] if critic else [policy], score)
+            score = history.add(step, evaluate(label, step)) if due else None
+            state = TrainState(step, stream.state_dict(), kl_control.state_dict(), before, history.state_dict())
+            saver.save_if_due(state, [policy, critic] if critic else [policy], score, keep=history.best_step == step)
 
     log_syncs(run, generators.wait_published(stream.version))
-    after = evaluate(label, step=cfg.train.steps)
-    show(run, {first: before, label: after})
-    policy.export(run.result, run.tokenizer_dir)
+    if not history.ended:
+        history.add(cfg.train.steps, evaluate(label, step=cfg.train.steps))
     saver.wait()
+    after = history.export(policy, saver, ledger, evaluate)
+    show(run, {first: before, label: after})
     experience.flush()
     run.collect_spans()
 

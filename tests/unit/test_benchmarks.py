@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -183,3 +184,26 @@ def test_the_bag_of_bigrams_reads_order(preference_model: Any) -> None:
     assert (found > 0).mean() > 0.95
     turned = preference_model.bag_of_bigrams((chosen[:150], rejected[:150]), (rejected[150:], chosen[150:]))
     np.testing.assert_allclose(turned, -found)
+
+
+def test_over_optimisation_is_plotted_by_proxy_as_means_over_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import overoptimization
+
+    def record(method: str, comparisons: int, seed: int, golds: list[float]) -> dict[str, Any]:
+        key = "n" if method == "best-of-n" else "step"
+        points = [{key: i, "kl": i**2, "reward": i, "gold_score": gold} for i, gold in enumerate(golds, 1)]
+        about = {"method": method, "comparisons": comparisons, "seed": seed, "turn": None}
+        return about | {"points": points, "fit": {"alpha": 0.5, "beta": 0.1, "rmse": 0.0}}
+
+    runs = [record("ppo", 1000, seed, [0.5, 0.7, 0.2 + 0.2 * seed]) for seed in (0, 1)]
+    runs += [record("best-of-n", size, 0, [0.5, 0.6, 0.7]) for size in (24000, 1000)]
+    drawing = ET.fromstring(overoptimization.plot(runs))
+    text = "".join(drawing.itertext())
+    assert text.index("proxy of 24,000 comparisons") < text.index("proxy of 1,000 comparisons")
+    assert "PPO, √KL 3: 0.3" in text
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}path"))) == 3
+    overoptimization.show(runs)
+    assert "ppo, proxy of 1,000 comparisons, 2 seeds" in capsys.readouterr().out

@@ -430,6 +430,65 @@ BROKEN_FILES = [
         "{file}: reward.soft_overlong_cache=4096 is more than rollout.max_response_length=512",
     ),
     (
+        "best of more than there are",
+        "evaluation: {n_samples_per_prompt: 4, best_of_n: [1, 16]}",
+        "{file}: evaluation: best_of_n=[1, 16] needs 16 samples of each prompt, but n_samples_per_prompt=4; raise it, "
+        "or leave the larger n out",
+    ),
+    (
+        "a metric from nowhere",
+        "evaluation: {metrics: [{name: a}]}",
+        "{file}: evaluation.metrics.0: give exactly one of model, function; got none",
+    ),
+    (
+        "a metric without a module",
+        "evaluation: {metrics: [{function: gold}]}",
+        "{file}: evaluation.metrics.0: function must read package.module:function, got 'gold'",
+    ),
+    (
+        "a metric with the reward's name",
+        "evaluation: {metrics: [{name: reward, model: a}]}",
+        "{file}: evaluation: metrics must have different names, and none of them reward, which is the reward's; "
+        "got ['reward']",
+    ),
+    (
+        "a metric with a component's name",
+        "{evaluation: {metrics: [{name: a, model: x}]}, "
+        "reward: {components: [{name: a, model: y}, {name: b, model: z}]}}",
+        "{file}: evaluation.metrics and reward.components both have the name a; give one another",
+    ),
+    (
+        "a trained metric that is not trained before PPO",
+        "{evaluation: {metrics: [{name: test_pm, model: trained}]}, pipeline: {stages: [sft, ppo]}, "
+        "reward: {components: [{model: x}]}}",
+        "{file}: evaluation.metrics: test_pm is `model: trained`, the reward model that a pipeline trains before policy, "
+        "and there is none; give its folder",
+    ),
+    (
+        "a reward model that nobody uses",
+        "{pipeline: {stages: [sft, reward_model, ppo]}, reward: {components: [{model: x}]}}",
+        "{file}: pipeline.stages=['sft', 'reward_model', 'policy'] trains a reward model that nobody uses: no "
+        "component of reward.components, and none of evaluation.metrics, is `model: trained`",
+    ),
+    (
+        "early stop on nothing",
+        "{train: {early_stop: {metric: gold}}, evaluation: {metrics: [{name: test_pm, model: x}]}}",
+        "{file}: train.early_stop.metric=gold is no figure of the evaluation; expected one of reward, test_pm, or add "
+        "it to evaluation.metrics",
+    ),
+    (
+        "early stop without evaluations",
+        "train: {early_stop: {metric: reward}}",
+        "{file}: train.early_stop.metric=reward is read every run.eval_every=0 steps of train.steps=100; set "
+        "run.eval_every to 1 or more, and less than the steps",
+    ),
+    (
+        "early stop without checkpoints",
+        "{train: {early_stop: {metric: reward}}, run: {eval_every: 5, checkpoint_every: 0}}",
+        "{file}: train.early_stop.metric=reward goes back to the checkpoint of the best evaluation, but "
+        "run.checkpoint_every=0 saves none; set it to 1 or more",
+    ),
+    (
         "a base that is not there",
         "base: nowhere.yaml",
         "cannot read config {folder}/nowhere.yaml: No such file or directory",

@@ -23,7 +23,7 @@ KEYS = {key.replace("[]", "") for key in all_keys()}
 PREFIXES = {key.rsplit(".", n)[0] for key in KEYS for n in range(1, key.count(".") + 1)}
 SECTIONS = {prefix for prefix in PREFIXES if "." not in prefix}
 #: Keys whose value is a mapping of the user's own.
-OPEN = ("model.architecture", "headers", "resources")
+OPEN = ("model.architecture", "headers", "resources", "set")
 FILE_ENDINGS = (".py", ".md", ".yaml", ".sh", ".toml", ".svg", ".json", ".jsonl", ".gz")
 #: Folders of a run, not of the repository; they exist after a run only.
 RUN_FOLDERS = {"rollouts", "checkpoints", "runs", "sft", "reward_model", "policy", "tokenizer", "initial_model", "logs"}

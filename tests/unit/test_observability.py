@@ -582,6 +582,38 @@ def test_a_calibrated_model_lies_on_the_diagonal() -> None:
     assert heights[0] == heights[2] == pytest.approx(heights[1] / 4, abs=0.1)
 
 
+def test_proxy_and_gold_are_drawn_against_the_kl(tmp_path: Path) -> None:
+    """Each as its change in standard deviations of the start, and where gold turned."""
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        for step, kl, reward, gold in ((0, 0.0, 1.0, 0.5), (10, 1.0, 2.0, 0.7), (20, 4.0, 3.0, 0.6)):
+            figures = {"eval/reward": reward, "eval/gold": gold, "eval/sqrt_kl": math.sqrt(kl), "eval/kl": kl}
+            writer.log(step, "eval", figures | {"eval/reward_std": 2.0, "eval/gold_std": 0.4})
+    summary = Summary()
+    turns = {"gold": {"turn": {"step": 10, "sqrt_kl": 1.0}}, "reward": {"turn": {"step": 20, "sqrt_kl": 2.0}}}
+    summary.set("overoptimization", turns)
+    summary.write(tmp_path / "summary.json")
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    text = "".join(page.text)
+    for shown in ("reward, √KL 2: 1", "gold, √KL 1: 0.5", "gold, √KL 2: 0.25", "gold turns"):
+        assert shown in text
+    assert "reward turns" not in text
+    assert page.attributes.count(("class", "m")) == 1
+
+
+def test_two_evaluations_are_no_curve(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        for step in (0, 10):
+            writer.log(step, "eval", {"eval/reward": step, "eval/reward_std": 1.0, "eval/sqrt_kl": step})
+    assert "Over-optimisation" not in write_report(tmp_path).read_text("utf-8")
+
+
+def test_a_mark_stands_at_its_place_on_the_axis() -> None:
+    svg = chart("gold", "", {"gold": [(0.0, 1), (0.5, 2), (2.0, 1)]}, "√KL", {"turns": 0.5})
+    (mark,) = re.findall(r'class="m" x1="([\d.]+)"', svg)
+    circles = [float(x) for x in re.findall(r'<circle class="h" cx="([\d.]+)"', svg)]
+    assert float(mark) == circles[1]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(0, 4, [0, 1, 2, 3, 4]), (0.12, 0.31, [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]), (-7, 12, [-10, -5, 0, 5, 10, 15])],

@@ -92,6 +92,19 @@ def test_resources_are_those_of_the_config(model: str) -> None:
     assert found["reference"] == (2, 1, 0.5, "one ZeRO-3 group")
 
 
+def test_a_model_among_the_metrics_has_a_process_of_its_own(model: str) -> None:
+    metrics = [{"name": "test_pm", "model": model}, {"function": "rlhf_dist.data.world:gold_score"}]
+    evaluation = {"metrics": metrics, "cpus": 0.5, "gpus": 1}
+    cfgs = [ppo(model, evaluation=evaluation), load(None, ["evaluation.cpus=0.5", "pipeline.stages=[sft,dpo]"])]
+    cfgs.append(Config.model_validate({"recipe": "evaluate", "model": {"path": model}, "evaluation": evaluation}))
+    found = [next(r for r in roles(cfg) if r.role == "metrics") for cfg in cfgs]
+    assert [(r.stage, r.processes, r.cpus, r.gpus, r.what) for r in found] == [
+        ("ppo", 1, 0.5, 1, "test_pm and gold_score"),
+        ("dpo evaluation", 1, 0.5, 0, "gold_score"),
+        ("evaluate", 1, 0.5, 1, "test_pm and gold_score"),
+    ]
+
+
 # Does it fit
 
 
@@ -134,6 +147,7 @@ def test_nothing_is_missing(model: str) -> None:
         ("reward.components", '[{function: "no_such:f"}]', "reward.components[0].function=no_such:f: no such module"),
         ("reward.components", '[{function: "no.such:f"}]', "reward.components[0].function=no.such:f: no such module"),
         ("evaluation.metrics", '[{function: "gone:f"}]', "evaluation.metrics[0].function=gone:f: no such module"),
+        ("evaluation.metrics", "[{model: ./test_pm}]", "evaluation.metrics[0].model=./test_pm: no folder"),
     ],
 )
 def test_what_is_missing_is_named(key: str, value: str, message: str) -> None:

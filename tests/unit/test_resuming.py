@@ -53,6 +53,7 @@ def test_a_finished_run_and_resume_never_are_refused(tmp_path: Path) -> None:
         "train.micro_batch_tokens=77",
         "weight_sync.shard_mb=1",
         "description=other",
+        "evaluation.cpus=0.5",
     ],
 )
 def test_where_and_how_fast_may_change(override: str, tmp_path: Path) -> None:
