@@ -119,8 +119,8 @@ def _transcript(row: dict[str, Any], key: str) -> list[Message]:
         if speaker != ("Human", "Assistant")[i % 2]:
             raise BadRow("turns do not alternate", f"{key!r}: turns do not alternate, turn {i + 1} is the {speaker}'s")
         if not text.strip():
-            last = len(messages) == len(parts) // 2 - 1
-            kind: Fault = "empty response" if last and speaker == "Assistant" else "empty turn"
+            answer = speaker == "Assistant" and i == len(parts) // 2 - 1
+            kind: Fault = "empty response" if answer else "empty turn"
             raise BadRow(kind, f"{key!r}: turn {i + 1} ({speaker}) is empty")
         tag = re.search(r"(?:^|\s)(Human|Assistant):", text)
         if tag:
