@@ -93,12 +93,24 @@ class DataConfig(Section):
     """Jinja template; by default the tokenizer's own, or the plain `Human:`/`Assistant:` form of HH."""
     on_bad_row: Literal["skip", "fail"] = "skip"
     """A faulty row is skipped, counted by its fault and reported with file and line, or stops the run."""
+    part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    """Train on a part of the rows: 1/2 and 2/2 are two halves that share no prompt. Held-out rows are not divided."""
     max_rows: PositiveInt | None = None
     """Read at most so many rows of each file."""
     shuffle: bool = True
     """Shuffle prompts anew in every epoch, from ``seed``."""
     world: WorldConfig = Field(default_factory=lambda: WorldConfig())
     """Sizes of the embedded world; used by ``format: world`` only."""
+
+    @model_validator(mode="after")
+    def _part(self) -> DataConfig:
+        if self.part is not None:
+            number, of = map(int, self.part.split("/"))
+            if number > of:
+                raise ValueError(f"part={self.part}: the parts are 1/{of} to {of}/{of}")
+            if self.format == "world":
+                raise ValueError(f"part={self.part} divides rows of files; the world has no end: give stages a `seed`")
+        return self
 
 
 class WorldConfig(Section):

@@ -256,11 +256,19 @@ def _read(cfg: Config, split: Split, purpose: Purpose, errors: RowErrors) -> tup
     rows = _read_file(cfg, cfg.data.train, "train", purpose, errors)
     if cfg.data.test is None:
         kept = [row for row in rows if _by_hash(row) == (split == "test")]
-        return kept, len(rows) - len(kept) if split == "train" else 0
+        return (_part(cfg, kept), len(rows) - len(kept)) if split == "train" else (kept, 0)
     test = _read_file(cfg, cfg.data.test, "test", "prompts", RowErrors(cfg.data.on_bad_row))
     held_out = {_prompt_key(row) for row in test}
     kept = [row for row in rows if _prompt_key(row) not in held_out]
-    return kept, len(rows) - len(kept)
+    return _part(cfg, kept), len(rows) - len(kept)
+
+
+def _part(cfg: Config, rows: list[Example]) -> list[Example]:
+    """``data.part`` of training rows, chosen by a hash of the prompt."""
+    if cfg.data.part is None:
+        return rows
+    number, of = map(int, cfg.data.part.split("/"))
+    return [row for row in rows if zlib.crc32(f"part {_prompt_key(row)}".encode()) % of == number - 1]
 
 
 def _read_file(cfg: Config, name: str, split: Split, purpose: Purpose, errors: RowErrors) -> list[Example]:

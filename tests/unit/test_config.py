@@ -461,8 +461,8 @@ BROKEN_FILES = [
         "a trained metric that is not trained before PPO",
         "{evaluation: {metrics: [{name: test_pm, model: trained}]}, pipeline: {stages: [sft, ppo]}, "
         "reward: {components: [{model: x}]}}",
-        "{file}: evaluation.metrics: test_pm is `model: trained`, the reward model that a pipeline trains before policy, "
-        "and there is none; give its folder",
+        "{file}: evaluation.metrics: test_pm is `model: trained`, the reward model that a pipeline trains before "
+        "policy, and there is none; give its folder",
     ),
     (
         "a reward model that nobody uses",

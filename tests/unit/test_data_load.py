@@ -445,3 +445,29 @@ def test_a_hub_dataset_as_dir_is_read_by_its_splits(monkeypatch: pytest.MonkeyPa
     held_out, _ = load.load_demonstrations(cfg, str(tmp_path), "test", 512)
     assert (table.num_rows, held_out.num_rows) == (9, 3)
     assert set(read) == {("Anthropic/hh-rlhf", None, "train"), ("Anthropic/hh-rlhf", None, "test")}
+
+
+def test_parts_share_no_prompt_and_make_the_whole(hh: tuple[Config, str]) -> None:
+    cfg, folder = hh
+
+    def prompts(part: str | None) -> list[str]:
+        own = cfg.model_copy(update={"data": cfg.data.model_copy(update={"part": part})})
+        return load.load_prompts(own, folder, "train")[0]["prompt"].to_pylist()
+
+    halves = [prompts("1/2"), prompts("2/2")]
+    assert all(halves)
+    assert not set(halves[0]) & set(halves[1])
+    assert sorted(halves[0] + halves[1]) == sorted(prompts(None))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"format": "hh", "train": "a", "part": "3/2"}, "part=3/2: the parts are 1/2 to 2/2"),
+        ({"part": "1/2"}, "part=1/2 divides rows of files; the world has no end"),
+        ({"format": "hh", "train": "a", "part": "half"}, "should match pattern"),
+    ],
+)
+def test_parts_that_cannot_be(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(data=data)
