@@ -218,9 +218,9 @@ def _collected(cfg: Config, folders: Sequence[str], max_length: int) -> tuple[pa
     aims = [labels.targets(p, rm.ties, rm.labels) for p in table["preferences"].to_pylist()]
     column = pa.array(aims, pa.list_(pa.float32()))
     table = table.set_column(table.column_names.index("preferences"), "preferences", column)
-    learned = np.array([not np.isnan(aim).all() for aim in aims])
+    learned = np.array([not np.isnan(aim).all() for aim in aims], bool)
     longest = zip(table["prompt_ids"].to_pylist(), table["responses"].to_pylist(), strict=True)
-    fits = np.array([len(prompt) + max(map(len, responses)) <= max_length for prompt, responses in longest])
+    fits = np.array([len(prompt) + max(map(len, responses)) <= max_length for prompt, responses in longest], bool)
     return table.filter(pa.array(learned & fits)), int((learned & ~fits).sum())
 
 

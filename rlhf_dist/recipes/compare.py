@@ -34,7 +34,8 @@ def collect_comparisons(run: Run, model_path: str) -> str:
         )
     pairs = compare_samples(run.result, cfg, run.cfg.seed, run.stage.name)
     run.summary.set(f"{run.stage.label}.pairs", pairs)
-    run.terminal.info(f"{run.stage.name}: {pairs} pairs compared")
+    say = run.terminal.info if pairs else run.terminal.warn
+    say(f"{run.stage.name}: {pairs} pairs compared")
     return run.result
 
 

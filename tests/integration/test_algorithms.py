@@ -14,7 +14,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "algorithms").glob("*.
 #: The embedded world's configs, small: what they compute, not what they learn.
 SMALL_RUN = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 320, comparisons: 192, prompts: 96, test_prompts: 16}",
+    "data.world={demonstrations: 320, comparisons: 144, prompts: 96, test_prompts: 16}",
+    "compare.pairs=48",
     "train.steps=2",
     "critic.warmup_steps=0",
     "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false}",

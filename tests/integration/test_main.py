@@ -23,7 +23,8 @@ from rlhf_dist.checkpoint import complete, verify
 
 PIPELINE = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 640, comparisons: 320, prompts: 96, test_prompts: 32}",
+    "data.world={demonstrations: 640, comparisons: 240, prompts: 96, test_prompts: 32}",
+    "compare.pairs=80",
     "sft={epochs: 1, learner: {ranks: 1}}",
     "reward_model={epochs: 1, learner: {ranks: 1}}",
     "rollout.batch_size=32",
