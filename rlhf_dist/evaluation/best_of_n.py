@@ -24,7 +24,7 @@ def best_weights(proxy: np.ndarray, n: int) -> np.ndarray:
     Returns:
         ``[prompts, N]`` float64; each row adds up to 1.
 
-    Source: Nakano et al., 2112.09332, appendix I; Gao et al., 2210.10760.
+    Source: Nakano et al., 2112.09332; Gao et al., 2210.10760.
     """
     size = proxy.shape[1]
     # Share of the subsets that lie within the k lowest samples.

@@ -48,7 +48,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         values = [r[name] for r in part]
         best = int(np.argmax(values))
         turned = turn(values, [r[f"{name}_stderr"] for r in part])
-        away = [r for r in part if "sqrt_kl" in r]
+        away = [r for r in part[1:] if "sqrt_kl" in r]
         distance, gain = [r["sqrt_kl"] for r in away], [r[name] - values[0] for r in away]
         found[name] = {
             "start": values[0],

@@ -62,8 +62,8 @@ def test_its_figures_are_those_of_that_evaluation(whole: Job) -> None:
     shown = whole.summary["eval"]["ppo"]
     for name in ("reward", "kl", "reward_best_of_1", "reward_best_of_2", "reward_best_of_4", "kl_bound_best_of_4"):
         assert shown[name] == second[f"eval/{name}"]
-    assert shown["reward_best_of_1"] == pytest.approx(shown["reward"]) < shown["reward_best_of_2"]
-    assert shown["reward_best_of_2"] < shown["reward_best_of_4"]
+    assert shown["reward_best_of_1"] == pytest.approx(shown["reward"])
+    assert shown["reward_best_of_1"] < shown["reward_best_of_2"] < shown["reward_best_of_4"]
     over = whole.summary["overoptimization"]
     assert (over["evaluations"], over["flat"]["turn"]) == (4, None)
     assert over["reward"]["start"] == whole.summary["eval"]["sft"]["reward"]
