@@ -198,7 +198,7 @@ class ExperienceGroup(Holder):
         best_of_n: Sequence[int] = (),
     ) -> dict[str, Any]:
         parts = references(rollouts, columns)
-        call = self.actor.summarize.remote(parts, prompts, group_by, n, best_of_n)
+        call: ObjectRef = self.actor.summarize.remote(parts, prompts, group_by, n, best_of_n)
         return wait_for(call, "experience, summarising")
 
     def flush(self) -> None:
