@@ -217,10 +217,10 @@ class Config(Section):
         if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
             raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
         d = self.distill
-        if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
+        if "distill" in stages and not (d.context or d.context_file or d.teacher or d.from_scratch):
             raise ValueError(
                 "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
-                "give distill.context, distill.teacher or distill.from_scratch=true"
+                "give distill.context or context_file, distill.teacher or distill.from_scratch=true"
             )
         if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
             raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")

@@ -21,8 +21,8 @@ def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
     """A ``<figure>`` with one line per series, or "" if no series has a finite point.
 
     A series is a list of (step, value), sorted by step; a value of None or one that is not finite breaks the line.
-    A single long series is drawn faintly with its moving average over it. Quantities with a unit are shown from zero.
-    Of more than six series the smallest share the last colour.
+    Where there are one or two, a long series is drawn faintly with its moving average over it. Quantities with a unit
+    are shown from zero. Of more than six series the smallest share the last colour.
     """
     lines = {name: _thinned(points) for name, points in series.items()}
     finite = [(x, y) for points in lines.values() for x, y in points if y is not None]
@@ -55,7 +55,7 @@ def chart(title: str, unit: str, series: Mapping[str, Points]) -> str:
     marks.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 2}" text-anchor="middle">step</text>')
     for i, (name, points) in enumerate(lines.items()):
         colour = f"var(--s{min(i, MAX_SERIES - 1)})"
-        smooth = len(lines) == 1 and len(points) >= SMOOTH_FROM
+        smooth = len(lines) <= 2 and len(points) >= SMOOTH_FROM
         marks.append(_path(points, place, f'class="l{" raw" if smooth else ""}" style="stroke:{colour}"'))
         if smooth:
             marks.append(_path(_averaged(points), place, f'class="l" style="stroke:{colour}"'))

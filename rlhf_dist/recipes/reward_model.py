@@ -30,10 +30,10 @@ def reward_model(run: Run, model_path: str, sampled: ObjectRef | None = None) ->
     run.note_rows(kind, report)
     test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
     run.note_rows("held-out comparisons", test_report)
-    rows = report["rows"]
+    rows, test_rows = report["rows"], test_report["rows"]
     start = cfg.path or model_path
-    learner = supervised.learner(run, "reward_model", start, cfg, rows, head="scalar", objective=cfg.loss)
-    supervised.train(run, "reward_model", learner, table, cfg, rows, show="accuracy")
+    learner = supervised.learner(run, "reward_model", start, cfg, rows, test_rows, head="scalar", objective=cfg.loss)
+    supervised.train(run, "reward_model", learner, table, cfg, rows, show="accuracy", test=(test, test_rows))
     run.summary.set(f"reward_model.{kind}", rows)
     report_accuracy(run, learner, test)
     learner.export(run.path("reward_model"), run.tokenizer_dir)
