@@ -45,12 +45,16 @@ def inputs(cfg: Config, stage: Stage, results: dict[str, Path], model: str, toke
     keys.pop("data.dir")  # what the files say counts, not where they are
     judges = [metric.model for metric in own.evaluation.metrics if "evaluation" in READS[stage.recipe]]
     reads = [*stage.inputs, *(name for name in judges if name in results)]
-    files = [name for name in (own.data.train, own.data.test, own.data.pretrain) if name]
+    extra = own.distill.extra if stage.recipe == "distill" else None
+    names = [name for name in (own.data.train, own.data.test, own.data.pretrain, extra) if name]
+    files = {name: Path(own.data.dir or "") / name for name in names}
+    if stage.recipe == "distill" and own.distill.context_file:
+        files["context"] = Path(own.distill.context_file)
     return {
         "recipe": stage.recipe,
         "round": stage.round,
         "config": {k: v for k, v in keys.items() if not any(re.fullmatch(pattern, k) for pattern in MAY_CHANGE)},
-        "data": {name: _digest(Path(own.data.dir or "") / name) for name in files},
+        "data": {name: _digest(path) for name, path in files.items()},
         "model": _digest(Path(model)),
         "tokenizer": _digest(Path(tokenizer)),
         "stages": {name: _digest(results[name]) for name in reads},

@@ -109,16 +109,19 @@ def _check_files(cfg: Config) -> list[str]:
     for key, path in models.items():
         if path and _is_folder_name(path) and not (Path(path).expanduser() / "config.json").is_file():
             problems.append(f"{key}={path}: no folder with a config.json there")
-    for key in ("train", "test", "pretrain"):
-        name = getattr(cfg.data, key)
-        folder = cfg.data.dir or ""
+    folder = cfg.data.dir or ""
+    files = {f"data.{key}": getattr(cfg.data, key) for key in ("train", "test", "pretrain")}
+    for key, name in (files | {"distill.extra": cfg.distill.extra}).items():
         if (
             name
             and not name.startswith("hub:")
             and not folder.startswith("hub:")
             and not (Path(folder) / name).is_file()
         ):
-            problems.append(f"data.{key}={name}: no such file in {folder or Path.cwd()}")
+            problems.append(f"{key}={name}: no such file in {folder or Path.cwd()}")
+    context = cfg.distill.context_file
+    if context is not None and not Path(context).is_file():
+        problems.append(f"distill.context_file={context}: no such file")
     functions = [(f"reward.components[{i}].function", c.function) for i, c in enumerate(cfg.reward.components)]
     functions.append(("compare.by", None if cfg.compare.by == "people" else cfg.compare.by))
     functions += [(f"evaluation.metrics[{i}].function", m.function) for i, m in enumerate(cfg.evaluation.metrics)]

@@ -158,14 +158,18 @@ class Run:
         """A path beside the folder of the stage's result."""
         return self.path(self.stage.parent, *parts)
 
-    def once(self, make: Callable[[], str]) -> Path:
+    def once(self, make: Callable[[], str], name: str | None = None) -> Path:
         """The result of the stage, which ``make`` writes to its folder, unless it was made before from the same inputs.
+
+        Args:
+            name: of a part of the stage that is kept by itself, and of its folder; default: the stage's result.
 
         Raises:
             ValueError: the run has it already, from other inputs; names what differs.
         """
-        stage, folder = self.stage, Path(self.result)
-        inputs = artifacts.inputs(self.cfg, stage, self.results, self.model_path, self.tokenizer_dir)
+        name = name or self.stage.name
+        folder = Path(self.path(name))
+        inputs = artifacts.inputs(self.cfg, self.stage, self.results, self.model_path, self.tokenizer_dir)
         if (folder / checkpoint.MANIFEST).exists():
             if changed := artifacts.changed(folder, inputs):
                 lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())
@@ -173,14 +177,12 @@ class Run:
                     f"{folder} was made from something else:\n{lines}\nchoose another run.name: what has not changed "
                     "is taken over from this run (pipeline.reuse)"
                 )
-            self.terminal.info(f"{stage.name} is there already: {folder}")
+            self.terminal.info(f"{name} is there already: {folder}")
             return self._figures_of(folder)
         reuse = self.cfg.recipe == "pipeline" and self.cfg.pipeline.reuse
-        if reuse and (source := artifacts.find(self.folder.parent, stage.name, inputs)):
+        if reuse and (source := artifacts.find(self.folder.parent, name, inputs)):
             artifacts.take_over(source, folder)
-            self.terminal.info(
-                f"{stage.name} is taken over from {source.parent}, where it was made from the same inputs"
-            )
+            self.terminal.info(f"{name} is taken over from {source}, which was made from the same inputs")
             return self._figures_of(folder)
         self.summary.was_set.clear()
         make()

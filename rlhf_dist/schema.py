@@ -81,6 +81,9 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "rewards": _floats,
     "advantages": _floats,
     "returns": _floats,
+    # k numbers for each response token, one after the other: more than 2^31 in a column soon.
+    "teacher_ids": pa.large_list(pa.int32()),
+    "teacher_logprobs": pa.large_list(pa.float32()),
 }
 
 #: Stage columns that may hold nulls until the batch is complete: samples whose reward was given up.

@@ -88,10 +88,10 @@ class Job:
         path = self.folder / "metrics.jsonl"
         return [r for r in read_metrics(path) if r["stage"] == stage]
 
-    def wait_for_step(self, step: int, seconds: float = 300) -> Job:
-        """Until ``step`` of PPO is logged."""
+    def wait_for_step(self, step: int, seconds: float = 300, stage: str = "ppo") -> Job:
+        """Until ``step`` of a stage is logged."""
         deadline = time.monotonic() + seconds
-        while not any(r["step"] >= step for r in self.metrics("ppo")):
+        while not any(r["step"] >= step for r in self.metrics(stage)):
             assert self.process.poll() is None, self.wait().output
             assert time.monotonic() < deadline, f"step {step} did not come within {seconds:g} s"
             time.sleep(0.05)

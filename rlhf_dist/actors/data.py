@@ -115,6 +115,31 @@ def preferred_responses(table: ObjectRef, at_most: int, seed: int) -> ObjectRef:
 
 
 @ray.remote(num_cpus=0)
+def _write_arrow(table: pa.Table, path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def write_arrow(table: ObjectRef, path: str) -> None:
+    """Write an Arrow file (Feather), in one piece; returns when it is written."""
+    wait_for(_write_arrow.remote(table, path), f"writing {path}")
+
+
+@ray.remote(num_cpus=0, num_returns=2)
+def _read_arrow(path: str) -> tuple[pa.Table, int]:
+    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+    return table, table.num_rows
+
+
+def read_arrow(path: str) -> tuple[ObjectRef, int]:
+    """The table of :func:`write_arrow`, and its number of rows."""
+    read: Any = _read_arrow
+    table, rows = read.remote(path)
+    return table, wait_for(rows, f"reading {path}")
+
+
+@ray.remote(num_cpus=0)
 def _read_parquet(path: str) -> pa.Table:
     import pyarrow.parquet as pq
 

@@ -19,7 +19,7 @@ from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.learner_worker import LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
-from rlhf_dist.actors.stats import PendingStats
+from rlhf_dist.actors.stats import PendingStats, reduce_ranks
 from rlhf_dist.actors.transport import TRANSPORTS, Weights
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.observability.trace import Span
@@ -68,6 +68,18 @@ class LearnerGroup:
         """Learn from ``table``, and from the table and rows ``pretrain``; returns at once."""
         arguments = (table, list(minibatches), *(pretrain or ()))
         return PendingStats([(self.role, [r.update.remote(*arguments) for r in self.ranks])])
+
+    def evaluate(self, table: ObjectRef, rows: np.ndarray) -> dict[str, float]:
+        """Figures of the objective on ``rows`` of ``table``, over all of them at once; nothing is learnt."""
+        shares = wait_for([r.evaluate.remote(table, rows) for r in self.ranks], f"{self.role}, evaluating")
+        return reduce_ranks([[share] for share in shares])[0]
+
+    def keep(self, folder: str) -> None:
+        """Write the state of every rank to a ``folder`` that all ranks see; :meth:`go_back` returns to it."""
+        wait_for([r.keep.remote(folder) for r in self.ranks], f"{self.role}, keeping its state in {folder}")
+
+    def go_back(self, folder: str) -> None:
+        wait_for([r.go_back.remote(folder) for r in self.ranks], f"{self.role}, going back to {folder}")
 
     def pair_logprobs(self, table: ObjectRef) -> ObjectRef:
         """``table`` with the columns ``ref_chosen`` and ``ref_rejected``, from the policy as it is now."""

@@ -82,6 +82,8 @@ class LearnerWorker(Worker):
             with checkpoint.local_copy(spec.restore.folder) as folder:
                 self.engine.load(folder)
         self.objective = _objective(spec)
+        # Held-out data of a K-wise reward model are pairs.
+        self.held_out_objective = objectives.PairwiseObjective() if spec.objective == "kwise" else self.objective
         self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
         self.torch = torch
         self.wire_dtype = getattr(torch, spec.wire_dtype or m.dtype)
@@ -144,13 +146,31 @@ class LearnerWorker(Worker):
         spec, objective = self.spec, self._objective_of(source)
         return each_row(self.engine, objective, source.table, source.minibatches[step], spec.pad_id, spec.packing)
 
-    def _forward_backward(self, objective: Any, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+    def evaluate(self, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+        """Figures of the objective on ``rows``, without learning from them: this rank's share, as in :meth:`update`."""
+        self.engine.train(False)
+        with self.trace.span(self.name, "evaluate"), self.torch.no_grad():
+            return self._forward_backward(self.held_out_objective, table, rows, backward=False)
+
+    def keep(self, folder: str) -> None:
+        """Write the state as it is now to the local ``folder``, for :meth:`go_back`."""
+        write, _ = self.engine.snapshot(Path(folder))
+        write()
+
+    def go_back(self, folder: str) -> None:
+        """Be again what :meth:`keep` has written; all ranks have."""
+        self.engine.load(Path(folder))
+
+    def _forward_backward(
+        self, objective: Any, table: pa.Table, rows: np.ndarray, backward: bool = True
+    ) -> dict[str, float]:
         """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
         totals = objective.totals(table, rows)
         metrics: dict[str, float] = {}
         for batch in self._micro_batches(objective, table, rows):
             loss, parts = objective.loss(self.engine, batch, totals)
-            self.engine.backward(loss)
+            if backward:
+                self.engine.backward(loss)
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         return metrics

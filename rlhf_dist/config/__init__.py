@@ -284,10 +284,10 @@ class Config(Section):
                     raise ValueError(f"compare.by must say who compares what {stage.name} samples")
             case "distill":
                 d = self.distill
-                if not (d.context or d.teacher or d.from_scratch):
+                if not (d.context or d.context_file or d.teacher or d.from_scratch):
                     raise ValueError(
                         "distill: teacher and student are the same model and read the same text, so there is nothing "
-                        "to learn; give distill.context, distill.teacher or distill.from_scratch=true"
+                        "to learn; give distill.context or context_file, distill.teacher or distill.from_scratch=true"
                     )
             case "reward_model" | "dpo":
                 self._check_comparisons(stage)

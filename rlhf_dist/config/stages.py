@@ -23,10 +23,26 @@ class SupervisedConfig(Section):
     """Rows whose longest sequence has more tokens are left out and counted."""
     packing: bool = False
     """As ``train.packing``."""
+    eval_every: int = Field(0, ge=0)
+    """Optimizer steps between evaluations on held-out rows; 0: before the first and after the last step only."""
+    eval_rows: PositiveInt = 512
+    """Held-out rows of an evaluation: at most so many, drawn once from ``seed``."""
+    patience: PositiveInt | None = None
+    """Evaluations in a row without a lower held-out loss after which the stage ends; the weights with the lowest loss
+    are its result. Default: all of ``epochs``, and the last weights."""
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     """Placement and ZeRO."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer."""
+
+    @model_validator(mode="after")
+    def _stopping(self) -> SupervisedConfig:
+        if self.patience is not None and not self.eval_every:
+            raise ValueError(
+                f"patience={self.patience} counts evaluations, and eval_every=0 makes none while training goes on; "
+                "give eval_every"
+            )
+        return self
 
 
 class SFTConfig(SupervisedConfig):
@@ -98,11 +114,25 @@ class DistillConfig(SupervisedConfig):
     teacher: str | None = None
     """Folder or hub name; default: the model that the stage starts from."""
     context: str = ""
-    """Text that the teacher alone reads before each prompt, such as the HHH prompt."""
+    """Text that the teacher alone reads before each prompt or text, such as the HHH prompt."""
+    context_file: str | None = None
+    """File that holds the context; newlines at its end do not count."""
+    extra: str | None = None
+    """More to learn from than demonstrations: a file of plain text, in place and form as ``data.pretrain``."""
+    extra_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the rows that come from ``extra``; the source that has too few rows sets the number of both."""
     from_scratch: bool = False
     """The student is the run's initial model, not the one that the stage starts from."""
     top_k: PositiveInt = 50
     """The teacher's most likely tokens that are kept for each position; all others are one class."""
+
+    @model_validator(mode="after")
+    def _one_context(self) -> DistillConfig:
+        if self.context and self.context_file is not None:
+            raise ValueError(
+                f"context and context_file={self.context_file} are both given: which one does the teacher read?"
+            )
+        return self
 
 
 class CompareConfig(Section):

@@ -46,7 +46,8 @@ class Ragged(NamedTuple):
 
     @classmethod
     def of(cls, table: pa.Table, column: str) -> Ragged:
-        data = table[column].combine_chunks()
+        chunks = table[column]
+        data = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # the latter always copies
         return cls(data.values.to_numpy(zero_copy_only=True), data.offsets.to_numpy())
 
     @staticmethod

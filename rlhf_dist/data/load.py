@@ -28,11 +28,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rlhf_dist.config import COMPARISON_FORMATS, Config
+from rlhf_dist.config import COMPARISON_FORMATS, Config, DistillConfig
 from rlhf_dist.data import compare, formats, labels, tokenization, world
 from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.formats import Example, Purpose
 from rlhf_dist.data.preferences import flip_labels
+from rlhf_dist.data.prompts import some_rows
 from rlhf_dist.data.readers import RowErrors, read_rows
 
 Split = Literal["train", "test"]
@@ -88,41 +89,90 @@ def load_prompts(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Tabl
 def load_demonstrations(cfg: Config, tokenizer_dir: str, split: Split, max_length: int) -> tuple[pa.Table, Report]:
     """Demonstrations of at most ``max_length`` tokens, as ``schema.DEMONSTRATION``.
 
+    Held-out prompts need no response, so there may be no held-out demonstrations; the world has
+    ``data.world.test_prompts`` of them.
+
     Raises:
-        ValueError: the format holds none; or the world is asked for a held-out file (it has prompts for that).
+        ValueError: the format holds none, or there is none to train on.
     """
     errors, held_out = RowErrors(cfg.data.on_bad_row), 0
     if cfg.data.format == "world":
-        if split == "test":
-            raise ValueError("data.format=world has no held-out demonstrations: score samples by its gold score")
-        rows = [_world_example(r) for r in world.make_demonstrations(cfg.seed, cfg.data.world.demonstrations)]
+        n = cfg.data.world.demonstrations if split == "train" else cfg.data.world.test_prompts
+        rows = [_world_example(row) for row in world.make_demonstrations(cfg.seed, n, split)]
     else:
-        rows, held_out = _read(cfg, split, "demonstrations", errors)
+        rows, held_out = _read(cfg, split, "demonstrations" if split == "train" else "prompts", errors)
+        rows = [row for row in rows if row.response is not None]
     tokenizer = tokenization.load_tokenizer(tokenizer_dir)
     table, too_long = tokenization.tokenize_demonstrations(tokenizer, rows, max_length)
-    _check_rows(table, f"demonstrations within max_length={max_length}", too_long)
+    if split == "train":
+        _check_rows(table, f"demonstrations within max_length={max_length}", too_long)
     return table, _report(table, errors, too_long, held_out)
 
 
-def load_distillation(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:
-    """Demonstrations with ``teacher_prompt_ids``: the prompt after ``distill.context``, which the student never sees.
+def load_distillation(cfg: Config, tokenizer_dir: str, split: Split) -> tuple[pa.Table, Report]:
+    """What a student learns from: ``schema.DEMONSTRATION`` and ``teacher_prompt_ids``, the prompt behind the context.
 
-    What the teacher reads has at most ``distill.max_length`` tokens; the report says how many as ``longest``.
+    Demonstrations, and a share ``distill.extra_share`` of pieces of plain text, in which every token but the first is
+    a response. What the teacher reads has at most ``distill.max_length`` tokens; the report says how many as
+    ``longest``, and the number of pieces as ``extra``. Held-out rows are ``distill.eval_rows`` at most, perhaps none.
     """
-    limit = cfg.distill.max_length
-    table, report = load_demonstrations(cfg, tokenizer_dir, "train", limit)
-    tokenizer = tokenization.load_tokenizer(tokenizer_dir)
-    context = tokenizer(cfg.distill.context, add_special_tokens=False)["input_ids"] if cfg.distill.context else []
-    prompts = Ragged.of(table, "prompt_ids")
-    # The context goes behind the token that begins a text, where there is one.
-    first = [int(ids[0] == tokenizer.bos_token_id) for ids in (prompts[i] for i in range(table.num_rows))]
-    teacher = [[*prompts[i][:f].tolist(), *context, *prompts[i][f:].tolist()] for i, f in enumerate(first)]
-    table = table.append_column("teacher_prompt_ids", pa.array(teacher, pa.list_(pa.int32())))
+    d, tokenizer = cfg.distill, tokenization.load_tokenizer(tokenizer_dir)
+    context = _context(d)
+    table, report = load_demonstrations(cfg, tokenizer_dir, split, d.max_length)
+    table = _behind(context, tokenizer, table)
     total = Ragged.of(table, "teacher_prompt_ids").lengths + Ragged.of(table, "response_ids").lengths
-    kept = table.filter(pa.array(total <= limit)).combine_chunks()
-    _check_rows(kept, f"demonstrations within distill.max_length={limit}, context included", table.num_rows)
-    too_long = report["too_long"] + table.num_rows - kept.num_rows
-    return kept, report | {"rows": kept.num_rows, "too_long": too_long, "longest": int(total[total <= limit].max())}
+    kept, extra = table.filter(pa.array(total <= d.max_length)), 0
+    report["too_long"] += table.num_rows - kept.num_rows
+    if d.extra is not None:
+        errors = RowErrors(cfg.data.on_bad_row)
+        texts = _extra_text(cfg, tokenizer, context, split, errors)
+        kept, extra = _mixed(kept, texts, d.extra_share, cfg.seed)
+        report |= {"skipped": report["skipped"] + errors.count, "messages": report["messages"] + errors.messages}
+    if split == "train":
+        _check_rows(kept, f"rows within distill.max_length={d.max_length}, context included", report["too_long"])
+    else:
+        kept = kept.take(pa.array(some_rows(kept.num_rows, d.eval_rows, cfg.seed)))
+    kept = kept.combine_chunks()
+    longest = Ragged.of(kept, "teacher_prompt_ids").lengths + Ragged.of(kept, "response_ids").lengths
+    return kept, report | {"rows": kept.num_rows, "extra": extra, "longest": int(longest.max(initial=0))}
+
+
+def _context(cfg: DistillConfig) -> str:
+    if cfg.context_file is None:
+        return cfg.context
+    try:
+        return Path(cfg.context_file).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"distill.context_file={cfg.context_file} cannot be read: {error}") from None
+
+
+def _behind(context: str, tokenizer: Any, table: pa.Table) -> pa.Table:
+    """``table`` with ``teacher_prompt_ids``: the context goes behind the token that begins a text, if there is one."""
+    ids = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
+    prompts = Ragged.of(table, "prompt_ids")
+    first = [int(prompt[0] == tokenizer.bos_token_id) for prompt in (prompts[i] for i in range(table.num_rows))]
+    teacher = [[*prompts[i][:f].tolist(), *ids, *prompts[i][f:].tolist()] for i, f in enumerate(first)]
+    return table.append_column("teacher_prompt_ids", pa.array(teacher, pa.list_(pa.int32())))
+
+
+def _extra_text(cfg: Config, tokenizer: Any, context: str, split: Split, errors: RowErrors) -> pa.Table:
+    """Pieces of the texts of ``distill.extra``, of which one in twenty is held out; a blank line ends the context."""
+    assert cfg.distill.extra is not None
+    context = f"{context}\n\n" if context else ""
+    room = cfg.distill.max_length - len(tokenizer(context, add_special_tokens=False)["input_ids"])
+    if room < 2:
+        raise ValueError(f"distill.max_length={cfg.distill.max_length} has no room for text behind distill.context")
+    rows = _parsed(cfg, cfg.distill.extra, "train", formats.plain_text, errors)
+    texts = [row.text or "" for row in rows if _by_hash(row) == (split == "test")]
+    return _behind(context, tokenizer, tokenization.tokenize_pretraining(tokenizer, texts, room))
+
+
+def _mixed(a: pa.Table, b: pa.Table, share: float, seed: int) -> tuple[pa.Table, int]:
+    """Random rows of both, a ``share`` of them from ``b``, as many as the scarcer one allows; and how many of ``b``."""
+    total = int(min(a.num_rows / (1 - share), b.num_rows / share))
+    n = round(total * share)
+    parts = [t.take(pa.array(some_rows(t.num_rows, k, seed))) for t, k in ((a, total - n), (b, n))]
+    return pa.concat_tables(parts), n
 
 
 def load_pretrain(cfg: Config, tokenizer_dir: str) -> tuple[pa.Table, Report]:

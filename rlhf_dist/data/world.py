@@ -105,10 +105,10 @@ def make_prompts(seed: int, n: int, split: Split) -> list[dict[str, Any]]:
     return [task.row() for task in draw_tasks(random.Random(f"{seed} prompts {split}"), n, split)]
 
 
-def make_demonstrations(seed: int, n: int) -> list[dict[str, Any]]:
-    """``n`` imperfect demonstrations of training prompts: a prompt's row and its ``response``."""
-    rng = random.Random(f"{seed} demonstrations")
-    return [task.row() | {"response": _respond(rng, task)} for task in draw_tasks(rng, n, "train")]
+def make_demonstrations(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]:
+    """``n`` imperfect demonstrations: a prompt's row and its ``response``."""
+    rng = random.Random(f"{seed} demonstrations" if split == "train" else f"{seed} test demonstrations")
+    return [task.row() | {"response": _respond(rng, task)} for task in draw_tasks(rng, n, split)]
 
 
 def make_comparisons(seed: int, n: int, label_noise: float) -> list[dict[str, Any]]:

@@ -29,8 +29,8 @@ def chart(
     """A ``<figure>`` with one line per series, or "" if no series has a finite point.
 
     A series is a list of (step, value), drawn in its order; a value of None or one that is not finite breaks the line.
-    A single long series is drawn faintly with its moving average over it. Quantities with a unit are shown from zero.
-    Of more than six series the smallest share the last colour.
+    Where there are one or two, a long series is drawn faintly with its moving average over it. Quantities with a unit
+    are shown from zero. Of more than six series the smallest share the last colour.
 
     Args:
         marks_at: labels, and where on the axis of ``x_name`` each has its upright line.
@@ -70,7 +70,7 @@ def chart(
         marks.append(f'<text {side} y="{HEIGHT - BOTTOM - 5}">{escape(label)}</text>')
     for i, (name, points) in enumerate(lines.items()):
         colour = f"var(--s{min(i, MAX_SERIES - 1)})"
-        smooth = len(lines) == 1 and len(points) >= SMOOTH_FROM
+        smooth = len(lines) <= 2 and len(points) >= SMOOTH_FROM
         marks.append(_path(points, place, f'class="l{" raw" if smooth else ""}" style="stroke:{colour}"'))
         if smooth:
             marks.append(_path(_averaged(points), place, f'class="l" style="stroke:{colour}"'))

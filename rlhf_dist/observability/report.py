@@ -29,7 +29,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Reward", "", ("rollout/reward_mean", "rollout/score_mean")),
     ("Gold score", "", ("eval/gold_score", "eval/gold_score_greedy")),
     ("KL to the reference", "nats", ("train/kl", "rollout/kl")),
-    ("Loss", "", ("train/loss",)),
+    ("Loss", "", ("train/loss", "eval/loss")),
     ("Policy loss", "", ("train/policy_loss",)),
     ("Value loss", "", ("train/value_loss",)),
     ("Accuracy", "", ("train/accuracy", "eval/accuracy")),

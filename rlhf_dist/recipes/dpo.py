@@ -27,11 +27,12 @@ def dpo(run: Run, model_path: str, compared: Sequence[str] = ()) -> str:
     cfg = run.cfg.dpo
     table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", cfg.max_length, compared)
     run.note_rows("comparisons", report)
-    rows = report["rows"]
-    learner = supervised.learner(run, "dpo", model_path, cfg, rows, head="policy", objective="dpo")
-    table = learner.pair_logprobs(table)
-    last = supervised.train(run, learner, table, cfg, rows, show="accuracy")
-    run.summary.set(f"{run.stage.label}.loss", last["loss"])
+    test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
+    run.note_rows("held-out comparisons", test_report)
+    rows, test_rows = report["rows"], test_report["rows"]
+    learner = supervised.learner(run, "dpo", model_path, cfg, rows, test_rows, head="policy", objective="dpo")
+    table, test = learner.pair_logprobs(table), learner.pair_logprobs(test)
+    supervised.train(run, learner, table, cfg, rows, show="accuracy", test=(test, test_rows))
     run.summary.set(f"{run.stage.label}.comparisons", rows)
     learner.export(run.result, run.tokenizer_dir)
     run.collect_spans()

@@ -31,7 +31,7 @@ def evaluate_reward(run: Run, model_path: str) -> None:
         ValueError: it gives every response the same score, as a model without a trained head does.
     """
     cfg = run.cfg.reward_model
-    test = held_out_comparisons(run)
+    test, _ = held_out_comparisons(run)
     learner = groups.learner(
         run,
         "reward_model",
@@ -55,12 +55,12 @@ def evaluate_reward(run: Run, model_path: str) -> None:
     run.finish_stage()
 
 
-def held_out_comparisons(run: Run) -> ObjectRef:
-    """``schema.COMPARISON``, labels as the data have them."""
+def held_out_comparisons(run: Run) -> tuple[ObjectRef, int]:
+    """``schema.COMPARISON``, labels as the data have them; and the number of rows."""
     limit = run.cfg.reward_model.max_length
     table, rows = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", limit)
     run.note_rows("held-out comparisons", rows)
-    return table
+    return table, rows["rows"]
 
 
 def report(run: Run, outcomes: pa.Table) -> None:

@@ -29,11 +29,11 @@ def reward_model(run: Run, model_path: str, compared: Sequence[str] = ()) -> str
     noise = [cfg.label_noise] if kind == "comparisons" else []
     table, loaded = load_table(kind, run.cfg, run.tokenizer_dir, "train", cfg.max_length, compared, *noise)
     run.note_rows(kind, loaded)
-    test = held_out_comparisons(run)
+    test, test_rows = held_out_comparisons(run)
     rows, label = loaded["rows"], run.stage.label
     start = cfg.path or model_path
-    learner = supervised.learner(run, "reward_model", start, cfg, rows, head="scalar", objective=cfg.loss)
-    supervised.train(run, learner, table, cfg, rows, show="accuracy")
+    learner = supervised.learner(run, "reward_model", start, cfg, rows, test_rows, head="scalar", objective=cfg.loss)
+    supervised.train(run, learner, table, cfg, rows, show="accuracy", test=(test, test_rows))
     run.summary.set(f"{label}.{kind}", rows)
     if cfg.label_noise:
         run.summary.set(f"{label}.flipped", loaded["flipped"])

@@ -15,10 +15,11 @@ def sft(run: Run, model_path: str) -> str:
     cfg = run.cfg.sft
     table, report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "train", cfg.max_length)
     run.note_rows("demonstrations", report)
-    rows = report["rows"]
-    learner = supervised.learner(run, "sft", model_path, cfg, rows, head="policy", objective="sft")
-    last = supervised.train(run, learner, table, cfg, rows, show="lr")
-    run.summary.set(f"{run.stage.label}.loss", last["loss"])
+    test, test_report = load_table("demonstrations", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
+    run.note_rows("held-out demonstrations", test_report)
+    rows, test_rows = report["rows"], test_report["rows"]
+    learner = supervised.learner(run, "sft", model_path, cfg, rows, test_rows, head="policy", objective="sft")
+    supervised.train(run, learner, table, cfg, rows, show="lr", test=(test, test_rows))
     run.summary.set(f"{run.stage.label}.demonstrations", rows)
     learner.export(run.result, run.tokenizer_dir)
     run.collect_spans()

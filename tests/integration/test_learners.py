@@ -27,7 +27,7 @@ from rlhf_dist.adapters import merged
 from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig, RewardComponent
 from rlhf_dist.data.batching import collate, collate_pairs, micro_batches, sequence_lengths
 from rlhf_dist.data.experience import join
-from rlhf_dist.engines.objectives import PolicyObjective
+from rlhf_dist.engines.objectives import PairwiseObjective, PolicyObjective, SFTObjective
 from rlhf_dist.models import PolicyModule, ScalarModule, load_policy, load_scalar
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -138,6 +138,35 @@ def test_adapters_alone_are_trained_and_sent(folders: Path, tmp_path: Path) -> N
         assert_close(outcome.published, outcome.exported)
         moved = {n for n, p in outcome.exported.items() if not torch.equal(p, initial[n])}
         assert moved == {n for n in initial if "_proj" in n}, "the linear layers, and nothing else"
+
+
+@pytest.mark.parametrize(("objective", "ranks", "stage"), [("sft", 1, 2), ("sft", 2, 3), ("pairwise", 2, 1)])
+def test_evaluating_says_what_torch_says_and_going_back_undoes_steps(
+    objective: str, ranks: int, stage: int, folders: Path, tmp_path: Path
+) -> None:
+    table = table_of(objective)
+    everything, some = np.arange(table.num_rows), np.arange(0, table.num_rows, 2)
+    module, loss = (
+        (PolicyModule(load_policy(str(folders / "policy"), "float32", "sdpa"), 0.8), SFTObjective())
+        if objective == "sft"
+        else (ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa")), PairwiseObjective())
+    )
+    with torch.no_grad():
+        _, expected = loss.loss(module, loss.collate(table, some.tolist(), 0, False), loss.totals(table, some))
+    ref = ray.put(table)
+    with running(spec_of(folders, objective, ranks, stage)) as group:
+        before = group.evaluate(ref, some)
+        assert before == pytest.approx({name: float(x) for name, x in expected.items()}, abs=1e-5)
+        group.update(ref, [everything]).steps()
+        after = group.evaluate(ref, some)
+        assert after["loss"] < before["loss"]
+        group.keep(str(tmp_path))
+        second = group.update(ref, [everything, everything[::-2]]).steps()
+        assert group.evaluate(ref, some) != after
+        group.go_back(str(tmp_path))
+        assert group.evaluate(ref, some) == after
+        for ours, theirs in zip(group.update(ref, [everything, everything[::-2]]).steps(), second, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6), "the optimizer went back too"
 
 
 def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:

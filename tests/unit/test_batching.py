@@ -128,6 +128,13 @@ def test_columns_come_back_as_they_went_in(shape: list[tuple[int, int]], packing
         np.testing.assert_array_equal(batch.gather(batch.columns[name]), expected)
 
 
+def test_a_column_in_one_piece_is_read_without_a_copy() -> None:
+    whole = experience([(2, 3), (1, 1)]).combine_chunks()
+    pieces = pa.concat_tables([whole, whole])
+    assert Ragged.of(whole, "values").values.ctypes.data == whole["values"].chunk(0).values.to_numpy().ctypes.data
+    assert [len(Ragged.of(pieces, "values")[i]) for i in range(4)] == [3, 1, 3, 1]
+
+
 def test_slices_of_a_table_are_read_at_their_own_offsets() -> None:
     table = experience([(2, 3), (1, 1), (4, 2), (3, 5)])
     part = table.slice(2)

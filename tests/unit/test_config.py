@@ -372,7 +372,29 @@ BROKEN_FILES = [
         "a teacher that knows nothing more",
         "pipeline: {stages: [sft, distill]}",
         "{file}: distill: teacher and student are the same model and read the same text, so there is nothing to "
-        "learn; give distill.context, distill.teacher or distill.from_scratch=true",
+        "learn; give distill.context or context_file, distill.teacher or distill.from_scratch=true",
+    ),
+    (
+        "two contexts",
+        "distill: {context: be kind, context_file: a.txt}",
+        "{file}: distill: context and context_file=a.txt are both given: which one does the teacher read?",
+    ),
+    (
+        "patience without evaluations",
+        "sft: {patience: 3}",
+        "{file}: sft: patience=3 counts evaluations, and eval_every=0 makes none while training goes on; "
+        "give eval_every",
+    ),
+    (
+        "packing without flash attention",
+        "sft: {packing: true}",
+        "{file}: sft.packing=true needs model.attention=flash_attention_2, got sdpa; without it packed samples cost "
+        "the square of their sum",
+    ),
+    (
+        "nothing but extra text",
+        "distill: {extra_share: 1}",
+        "{file}: distill.extra_share = 1: input should be less than 1",
     ),
     (
         "K-wise without rankings",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -271,7 +273,7 @@ def test_weak_pairs_are_binarized(hh: tuple[Config, str], tmp_path: Path) -> Non
         assert found == [("GOOD: liked", "BAD: liked", 1), ("BAD: hated", "GOOD: hated", 1)]
 
 
-def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: Path, world_tokenizer: str) -> None:
+def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: Path) -> None:
     _, folder = hh
     (tmp_path / "bad.jsonl").write_text('{"chosen": "x"}\n')
     bad = config(data={"format": "hh", "dir": str(tmp_path), "train": "bad.jsonl"})
@@ -281,8 +283,6 @@ def test_clear_errors_instead_of_empty_tables(hh: tuple[Config, str], tmp_path: 
         load.load_prompts(config(data=bad.data.model_copy(update={"on_bad_row": "fail"})), folder, "train")
     with pytest.raises(ValueError, match="cannot load a tokenizer"):
         load.load_prompts(config(), str(tmp_path / "nowhere"), "train")
-    with pytest.raises(ValueError, match="no held-out demonstrations"):
-        load.load_demonstrations(config(), world_tokenizer, "test", 512)
     with pytest.raises(ValueError, match="tokenizer_vocab_size=100 is too small"):
         tokenization.train_tokenizer(["x"], 100)
 
@@ -356,17 +356,86 @@ def test_rankings_make_as_many_pairs_as_comparisons(world_tokenizer: str) -> Non
 def test_only_the_teacher_reads_the_context(world_tokenizer: str) -> None:
     tokenizer = tokenization.load_tokenizer(world_tokenizer)
     cfg = config(data={"world": {"demonstrations": 5}}, distill={"context": "you fool !"})
-    table, report = load.load_distillation(cfg, world_tokenizer)
+    table, report = load.load_distillation(cfg, world_tokenizer, "train")
     context = tokenizer("you fool !", add_special_tokens=False)["input_ids"]
     for row in table.to_pylist():
         bos, *prompt = row["prompt_ids"]
         assert row["teacher_prompt_ids"] == [bos, *context, *prompt]
     longest = max(len(r["teacher_prompt_ids"]) + len(r["response_ids"]) for r in table.to_pylist())
     short = config(data={"world": {"demonstrations": 5}}, distill={"context": "you fool !", "max_length": longest - 1})
-    fewer, cut = load.load_distillation(short, world_tokenizer)
+    fewer, cut = load.load_distillation(short, world_tokenizer, "train")
     assert (report["rows"], report["too_long"]) == (5, 0)
     assert cut["rows"] + cut["too_long"] == 5
     assert fewer.num_rows == cut["rows"] < 5
+
+
+def test_the_context_may_be_a_file(world_tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "context.txt").write_text("you fool !\n\n")
+    given, read = (
+        load.load_distillation(config(data={"world": {"demonstrations": 5}}, distill=d), world_tokenizer, "train")[0]
+        for d in ({"context": "you fool !"}, {"context_file": str(tmp_path / "context.txt")})
+    )
+    assert given.equals(read)
+    with pytest.raises(ValueError, match=r"context_file=.*gone\.txt cannot be read"):
+        load.load_distillation(config(distill={"context_file": str(tmp_path / "gone.txt")}), world_tokenizer, "train")
+
+
+@pytest.mark.parametrize(
+    ("demonstrations", "share", "expected"),
+    [(40, 0.5, (40, 40)), (300, 0.5, (114, 114)), (30, 0.25, (30, 10)), (100, 0.9, (13, 113))],
+)
+def test_extra_text_has_the_share_that_was_asked_for(
+    demonstrations: int, share: float, expected: tuple[int, int], world_tokenizer: str, tmp_path: Path
+) -> None:
+    """120 texts, 6 of them held out by their hash."""
+    tokenizer = tokenization.load_tokenizer(world_tokenizer)
+    numbers = (f"{i:03d}" for i in itertools.count())
+    texts = {kind: list(itertools.islice((" ".join(n) for n in numbers if held_out(" ".join(n)) == kind), n))
+             for kind, n in ((True, 6), (False, 114))}  # fmt: skip
+    (tmp_path / "text.txt").write_text("\n".join(texts[True] + texts[False]))
+    cfg = config(
+        data={"world": {"demonstrations": demonstrations, "test_prompts": 50}, "dir": str(tmp_path)},
+        distill={"context": "you fool !", "extra": "text.txt", "extra_share": share, "eval_rows": 9},
+    )
+    context = tokenizer("you fool !", add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for split, kind in (("train", False), ("test", True)):
+        table, report = load.load_distillation(cfg, world_tokenizer, split)
+        rows = [r for r in table.to_pylist() if r["prompt_ids"] == [bos]]
+        assert all(r["teacher_prompt_ids"] == [bos, *context] for r in rows)
+        known = {(*tokenizer(t, add_special_tokens=False)["input_ids"], eos) for t in texts[kind]}
+        found = [tuple(r["response_ids"]) for r in rows]
+        assert set(found) <= known
+        assert len(set(found)) == len(found)
+        if split == "train":
+            assert (table.num_rows - len(rows), len(rows)) == expected
+            assert (report["rows"], report["extra"]) == (sum(expected), expected[1])
+        else:
+            assert table.num_rows <= 9
+
+
+def held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % 20 == 0
+
+
+def test_a_context_that_leaves_no_room_for_text(world_tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("sort 3 1 2 .\n" * 40)
+    cfg = config(
+        data={"world": {"demonstrations": 40}, "dir": str(tmp_path)},
+        distill={"context": "you fool ! " * 20, "extra": "text.txt", "max_length": 60},
+    )
+    with pytest.raises(ValueError, match=r"distill\.max_length=60 has no room for text behind distill\.context"):
+        load.load_distillation(cfg, world_tokenizer, "train")
+
+
+def test_held_out_prompts_need_no_demonstration(world_tokenizer: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "sort 3 1 2 . 1 2 3 . sort 3 1 2 . 1 2 3 ."}\n')
+    (tmp_path / "test.jsonl").write_text('{"prompt": "sort 1 2 0 ."}\n')
+    data = {"format": "prompts", "dir": str(tmp_path), "train": "train.jsonl", "test": "test.jsonl"}
+    cfg = config(data=data | {"on_bad_row": "fail"}, recipe="sft")
+    assert load.load_demonstrations(cfg, world_tokenizer, "train", 64)[0].num_rows == 1
+    table, report = load.load_demonstrations(cfg, world_tokenizer, "test", 64)
+    assert (table.num_rows, report["rows"], report["skipped"]) == (0, 0, 0)
 
 
 def test_pretraining_text_is_cut_into_pieces(world_tokenizer: str, tmp_path: Path) -> None:

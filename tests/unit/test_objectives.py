@@ -55,8 +55,8 @@ def taught(k: int) -> pa.Table:
     generator = torch.Generator().manual_seed(5)
     top = [torch.randn(q, VOCAB, generator=generator).log_softmax(-1).topk(k) for _, q in SHAPE]
     ids, logprobs = [t.indices.flatten().tolist() for t in top], [t.values.flatten().tolist() for t in top]
-    table = table.append_column("teacher_ids", pa.array(ids, pa.list_(pa.int32())))
-    return table.append_column("teacher_logprobs", pa.array(logprobs, pa.list_(pa.float32())))
+    table = table.append_column("teacher_ids", pa.array(ids, schema.STAGE_COLUMNS["teacher_ids"]))
+    return table.append_column("teacher_logprobs", pa.array(logprobs, schema.STAGE_COLUMNS["teacher_logprobs"]))
 
 
 CASES: dict[str, tuple[Any, Any, pa.Table]] = {

@@ -148,6 +148,8 @@ def test_nothing_is_missing(model: str) -> None:
         ("reward.components", '[{function: "no.such:f"}]', "reward.components[0].function=no.such:f: no such module"),
         ("evaluation.metrics", '[{function: "gone:f"}]', "evaluation.metrics[0].function=gone:f: no such module"),
         ("evaluation.metrics", "[{model: ./test_pm}]", "evaluation.metrics[0].model=./test_pm: no folder"),
+        ("distill.extra", "gone.txt", "distill.extra=gone.txt: no such file in"),
+        ("distill.context_file", "gone.txt", "distill.context_file=gone.txt: no such file"),
     ],
 )
 def test_what_is_missing_is_named(key: str, value: str, message: str) -> None:

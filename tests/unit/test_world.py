@@ -86,6 +86,9 @@ def test_no_held_out_argument_occurs_in_training() -> None:
     train = world.make_prompts(0, 4096, "train") + world.make_demonstrations(0, 8000)
     test = world.make_prompts(1, 2048, "test")
     train_arguments = {_arguments(r) for r in train}
+    demonstrated = world.make_demonstrations(0, 512, "test")
+    assert not train_arguments & {_arguments(r) for r in demonstrated}
+    assert all(r["response"] for r in demonstrated)
     assert not train_arguments & {_arguments(r) for r in test}
     pairs = world.make_comparisons(2, 4000, 0.0)
     clean = world.make_test_comparisons(3, 1000)
