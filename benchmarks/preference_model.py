@@ -154,7 +154,7 @@ def bag_of_bigrams(train: Texts, test: Texts) -> np.ndarray:
 
 def show(runs: list[dict[str, Any]]) -> None:
     """One row for each run and half, and the means over the seeds."""
-    heads = ("noise", "half", "seed", "accuracy", "longer", "shorter", "to the better", "95 %")
+    heads = ("noise", "half", "seed", "accuracy", "longer", "shorter", "lead", "95 %")
     table = Table(*heads, "bigrams", "to bigrams", "95 %")
     runs = sorted(runs, key=lambda r: (r["noise"], r["seed"]))
     for noise in dict.fromkeys(r["noise"] for r in runs):

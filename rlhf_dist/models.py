@@ -88,7 +88,7 @@ class ScalarModule(nn.Module):
     def center(self, mean: float) -> None:
         """Take ``mean`` off all scores from now on: with the mean score of reference responses these have mean 0.
 
-        InstructGPT (2203.02155, section 3.5) uses a bias for that. The heads of transformers' classifiers have none, so
+        InstructGPT (2203.02155) uses a bias for that. The heads of transformers' classifiers have none, so
         it is ``reward_mean`` in the model's ``config.json``, which this class alone reads. A critic that starts from
         the reward model thereby estimates the scores that the policy gets.
         """

@@ -71,7 +71,7 @@ def report(run: Run, outcomes: pa.Table) -> None:
     for name, value in found.items():
         run.summary.set(f"{run.stage.label}.{name}", value)
     sources = found["by_source"] if len(found["by_source"]) > 1 else {}  # a single one says nothing new
-    _show(run, "Reward model on held-out pairs", "source", {"all": found, **sources})
+    _show(run, "Reward model on held-out pairs, and its lead over the better rule", "source", {"all": found, **sources})
     if found["by_agreement"]:
         _show(run, "By the share of annotators who agree", "share", found["by_agreement"])
     run.terminal.info(
@@ -81,7 +81,7 @@ def report(run: Run, outcomes: pa.Table) -> None:
 
 
 def _show(run: Run, title: str, name: str, parts: dict[str, dict[str, Any]]) -> None:
-    heads = [name, "pairs", "accuracy", "longer wins", "shorter wins", "to the better", "95 % interval"]
+    heads = [name, "pairs", "accuracy", "longer wins", "shorter wins", "lead", "95 % interval"]
     rows = [
         [part, *(figures[column] for column in COLUMNS), "{:+.3f} to {:+.3f}".format(*figures["interval"])]
         for part, figures in parts.items()
