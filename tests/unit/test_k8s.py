@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -533,6 +535,39 @@ def test_a_policy_that_is_opened_lets_strangers_in(name: str, source: str, port:
     else:
         policy(objects, name)["ingress"][0]["from"].append({"namespaceSelector": {}, "podSelector": {}})
     assert enters(objects, *OUTSIDE[source], head(objects), port)
+
+
+# Alerts
+
+#: Two alerts, minute by minute: silent at first, and firing later.
+ALERTS = """
+rule_files: [rules.yaml]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - {series: 'rlhf_steps_total{namespace="rlhf", pod="head", stage="sft"}', values: '0+1x20 20x100'}
+      - {series: 'rlhf_steps_total{namespace="rlhf", pod="head", stage="ppo"}', values: '_x20 0+1x30 30x70'}
+      - {series: 'rlhf_rollout_kl{pod="head", stage="ppo"}', values: '0+1x120'}
+    promql_expr_test:
+      - {expr: 'count(ALERTS{alertname="RlhfNoProgress", alertstate="firing"})', eval_time: 60m, exp_samples: []}
+      - expr: 'count(ALERTS{alertname="RlhfNoProgress", alertstate="firing"})'
+        eval_time: 100m
+        exp_samples: [{labels: '{}', value: 1}]
+      - {expr: 'count(ALERTS{alertname="RlhfKlHigh", alertstate="firing"})', eval_time: 60m, exp_samples: []}
+      - expr: 'count(ALERTS{alertname="RlhfKlHigh", alertstate="firing"})'
+        eval_time: 70m
+        exp_samples: [{labels: '{}', value: 1}]
+"""
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool (Debian's package prometheus)")
+def test_prometheus_accepts_the_alerts_and_they_fire(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(the(render("multi-node"), "PrometheusRule")["spec"]))
+    (tmp_path / "test.yaml").write_text(ALERTS)
+    for command in (["check", "rules", "rules.yaml"], ["test", "rules", "test.yaml"]):
+        done = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # The image
