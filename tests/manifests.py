@@ -391,8 +391,8 @@ def secrets(objects: Objects) -> Iterator[str]:
     for o in of_kind(objects, "ConfigMap"):
         for name, text in o["data"].items():
             # A header with a secret reads $NAME, which is filled from the environment of the reward process.
-            if re.search(r"(?i)(authorization|api[-_]?key|password)\W+(?!\$)\w", text):
-                yield f"{o['metadata']['name']}/{name}: holds a secret"
+            values = re.findall(r"(?im)(?:authorization|api[-_]?key|password)\W*?:(.+)$", text)
+            yield from (f"{o['metadata']['name']}/{name}: holds a secret" for value in values if "$" not in value)
 
 
 @rule

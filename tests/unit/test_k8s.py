@@ -463,6 +463,13 @@ def test_a_broken_copy_breaks_its_rule(rule: str, overlay: str, change: Callable
     assert list(RULES[rule](objects))
 
 
+def test_a_header_that_names_a_variable_is_no_secret() -> None:
+    objects = render("cpu-demo")
+    headers = {"Authorization": "Bearer $TOKEN"}
+    set_config(objects, reward={"components": [{"url": "https://a/b", "headers": headers}]})
+    assert not list(RULES["secrets"](objects))
+
+
 def test_every_rule_can_be_broken() -> None:
     assert {rule for rule, *_ in OURS} == RULES.keys()
 
