@@ -60,8 +60,8 @@ bench: ## Which benchmarks there are
 
 lock: $(STAMP) ## Bring requirements/ up to date with pyproject.toml
 	@$(PIP) install -qq "$(UV)"
-	@PATH="$(VENV)/bin:$$PATH" $(PY) requirements/lock.py --extra-index-url "$(TORCH_CPU_INDEX)" \
-	    --index-strategy unsafe-best-match $(ARGS)
+	@PATH="$(VENV)/bin:$$PATH" $(PY) requirements/lock.py $(or $(addprefix --find-links ,$(PIP_FIND_LINKS)),\
+	    --extra-index-url "$(TORCH_CPU_INDEX)" --index-strategy unsafe-best-match)
 
 image: ## Build the image of k8s/ (TARGET=cpu or gpu, IMAGE=registry/name:tag)
 	docker build -f k8s/Dockerfile --build-arg TARGET="$(TARGET)" --build-arg TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" \

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -25,16 +26,16 @@ def entries(text: str) -> dict[str, str]:
 
 def resolve(target: str, preferred: list[str], arguments: list[str]) -> dict[str, str]:
     """All packages of an extra and the shared ones; those ``preferred`` keep their version where they can."""
-    out = HERE / f"{target}.new"
-    out.write_text("\n".join(preferred) + "\n")  # uv takes the versions of its output file for preferences
     extras = [word for extra in (target, *SHARED_EXTRAS) for word in ("--extra", extra)]
     platform = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
     plain = ["--generate-hashes", "--no-annotate", "--no-header", "--no-emit-index-url", "--no-emit-find-links", "-q"]
-    command = ["uv", "pip", "compile", "pyproject.toml", *extras, *platform, *plain, *arguments, "-o", str(out)]
-    subprocess.run(command, cwd=HERE.parent, check=True)
-    text = out.read_text()
-    out.unlink()
-    return entries(text)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "lock.txt"
+        out.write_text("\n".join(preferred) + "\n")  # uv takes the versions of its output file for preferences
+        command = ["uv", "pip", "compile", "pyproject.toml", *extras, *platform, *plain, *arguments, "-o", str(out)]
+        if subprocess.run(command, cwd=HERE.parent, check=False).returncode:
+            sys.exit(f"error: nothing was written; {' '.join(command)} failed")
+        return entries(out.read_text())
 
 
 def main(arguments: list[str]) -> None:
