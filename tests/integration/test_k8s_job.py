@@ -120,7 +120,7 @@ class Attempt:
                 start_new_session=True,
             )
         # The image's HEALTHCHECK.
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while self.run("ray", "health-check", "--address", f"127.0.0.1:{self.port}", seconds=60).returncode:
             assert self.node.poll() is None, (Path(self.temp) / "node.log").read_text()
             assert time.monotonic() < deadline
@@ -206,7 +206,7 @@ def test_the_job_of_the_manifest_and_its_retry(tmp_path: Path, attempts: list[At
     output = attempts[0].submit()
     steps: list[dict[str, Any]] = []
     exported = ""
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 600
     while not any(r["step"] >= 3 for r in steps):
         assert output.poll() is None, output.communicate()[0]
         assert time.monotonic() < deadline, "no third step of PPO"
@@ -222,7 +222,7 @@ def test_the_job_of_the_manifest_and_its_retry(tmp_path: Path, attempts: list[At
 
     # The retry: a new cluster, the same volume, the same command.
     attempts.append(Attempt(objects, places, port))
-    text, _ = attempts[1].submit().communicate(timeout=400)
+    text, _ = attempts[1].submit().communicate(timeout=600)
     assert attempts[1].status() == "SUCCEEDED", text
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 6), text
