@@ -49,6 +49,7 @@ MARK = "RLHF_DIST_TEST"
 SHORTER = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
     "data.world={demonstrations: 320, comparisons: 160, prompts: 64, test_prompts: 32}",
+    "compare={prompts: 32, pairs: 40}",
     "sft.epochs=1",
     "rollout={batch_size: 16, chunk_tokens: 200}",
     "train={steps: 6, batch_size: 16}",
