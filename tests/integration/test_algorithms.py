@@ -131,7 +131,7 @@ def test_a_teacher_with_a_context(start: Callable[..., Job], config: str) -> Non
     assert told.wait().code == 130, told.output
     told = start("--config", config, *options, *context, long, folder="told").wait()
     assert told.code == 0, told.output
-    assert f"teacher is there already: {told.folder / 'teacher'}" in told.output
+    assert f"distill_teacher is there already: {told.folder / 'distill_teacher'}" in told.output
     summary = told.summary["distill"]
     assert summary["demonstrations"] == 96
     assert 1e-3 < summary["kl"] < summary["kl_before"] / 2, "the student answers as if it had been told"
