@@ -220,7 +220,7 @@ class LearnerWorker(Worker):
 
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
         """Of this rank's pairs ``row``, ``source``, ``difference`` (score of the chosen side less that of the rejected
-        one), ``longer`` (by how many tokens the chosen side is longer) and ``preference`` (1 where the table has none).
+        one), ``longer`` (by how many tokens the chosen side is longer) and ``preference``.
         """
         from rlhf_dist.data.batching import Ragged
         from rlhf_dist.engines.objectives import PairwiseObjective
@@ -235,15 +235,13 @@ class LearnerWorker(Worker):
                 difference += (scores[0::2] - scores[1::2]).tolist()[: len(batch.rows)]
         longer = Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths
         index = pa.array(rows, pa.int64())
-        several = "preference" in table.column_names
-        preference = table["preference"].take(index) if several else pa.array(np.ones(len(rows), np.float32))
         return pa.table(
             {
                 "row": index,
                 "source": table["source"].take(index),
                 "difference": pa.array(difference, pa.float64()),
                 "longer": pa.array(longer[rows]),
-                "preference": preference,
+                "preference": table["preference"].take(index),
             }
         )
 
