@@ -13,6 +13,12 @@ DEFAULTS  := cpu,dev
 EXTRAS    ?= $(or $(INSTALLED),$(DEFAULTS))
 TORCH_CPU       := torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+UV := uv==0.13.9
+
+# The lock: one version for each package, the same here and in the image (k8s/Dockerfile).
+LOCK   := requirements/common.txt requirements/$(if $(findstring gpu,$(EXTRAS)),gpu,cpu).txt
+TARGET ?= cpu
+IMAGE  ?= rlhf-dist:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' rlhf_dist/__init__.py)-$(TARGET)
 
 # Tests that read public data sets are skipped where the folder is missing; tests/conftest.py says what is in it.
 ifneq ($(wildcard ../shared/data),)
@@ -21,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all lint style typecheck bench clean FORCE
+.PHONY: help setup demo test test-all lint style typecheck bench lock image clean FORCE
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +46,7 @@ test-all: $(STAMP) ## The slow ones too; all that need no GPU
 lint: $(STAMP) ## Check style and common mistakes
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/hadolint k8s/Dockerfile
 
 style: $(STAMP) ## Format, and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
@@ -51,6 +58,15 @@ typecheck: $(STAMP) ## mypy
 bench: ## Which benchmarks there are
 	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark yet; benchmarks/README.md says what will be measured"
 
+lock: $(STAMP) ## Bring requirements/ up to date with pyproject.toml
+	@$(PIP) install -qq "$(UV)"
+	@PATH="$(VENV)/bin:$$PATH" $(PY) requirements/lock.py $(or $(addprefix --find-links ,$(PIP_FIND_LINKS)),\
+	    --extra-index-url "$(TORCH_CPU_INDEX)" --index-strategy unsafe-best-match)
+
+image: ## Build the image of k8s/ (TARGET=cpu or gpu, IMAGE=registry/name:tag)
+	docker build -f k8s/Dockerfile --build-arg TARGET="$(TARGET)" --build-arg TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" \
+	    --build-arg VERSION="$(lastword $(subst :, ,$(IMAGE)))" --build-arg REVISION="$$(git rev-parse HEAD)" -t "$(IMAGE)" .
+
 clean: ## Remove caches and build outputs; runs/ and .venv stay
 	@rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
@@ -60,7 +76,7 @@ $(STAMP): FORCE
 endif
 
 # -qq hides pip's warnings and keeps its errors. The stamp is written last: a failed set-up starts again.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(LOCK)
 	@rm -f $(STAMP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	    echo "error: Python 3.11 is needed, '$(PYTHON)' is missing or another version; try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -74,7 +90,8 @@ $(STAMP): pyproject.toml
 	        echo "  not among the packages pip is set up for; taking it from $(TORCH_CPU_INDEX)"; \
 	        $(PIP) install -qq "$(TORCH_CPU)" --extra-index-url "$(TORCH_CPU_INDEX)"; } ;; esac
 	@echo "installing rlhf_dist[$(EXTRAS)] (some minutes the first time)"
-	@$(PIP) install -qq -e ".[$(EXTRAS)]"
+	@sed -n 's/^\([a-z0-9].*==[^ ]*\).*/\1/p' $(LOCK) > $(VENV)/constraints.txt # pip takes no digests beside -e
+	@$(PIP) install -qq -c $(VENV)/constraints.txt -e ".[$(EXTRAS)]"
 	@for package in torchvision torchaudio torchcodec; do \
 	    if $(PIP) show -qq $$package 2>/dev/null && ! $(PY) -c "import $$package" 2>/dev/null; then \
 	        echo "removing $$package: it does not fit this build of torch, and nothing here needs it"; \

@@ -75,7 +75,7 @@ def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
     options = [f"seed={seed}", f"model.path={base / 'sft'}", "model.architecture={}", f"run.root={runs}"]
     stages = [stage for stage in text.get("pipeline", {}).get("stages", []) if stage != "sft"]
     if "reward_model" in text:  # a reward model of its own
-        stages = ["reward_model", "ppo"]
+        stages = ["compare", "reward_model", "ppo"]
     if stages:
         options += [f"pipeline.stages=[{','.join(stages)}]"]
     else:
@@ -105,7 +105,12 @@ def shared_checkpoints(seed: int, runs: Path) -> Path:
     """The run folder with ``sft`` and ``reward_model`` of a seed; trained on the first call."""
     folder = runs / f"base-{seed}"
     if not (folder / "reward_model").exists():
-        options = [f"seed={seed}", f"run.root={runs}", f"run.name=base-{seed}", "pipeline.stages=[sft,reward_model]"]
+        options = [
+            f"seed={seed}",
+            f"run.root={runs}",
+            f"run.name=base-{seed}",
+            "pipeline.stages=[sft,compare,reward_model]",
+        ]
         execute(options, folder)
     return folder
 

@@ -114,7 +114,7 @@ def newest(root: str | Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(root: str | Path, keep: int, keep_best: int = 0) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints and the ``keep_best`` with the highest ``score``.
+    """Remove all but the newest ``keep`` complete checkpoints and the first ``keep_best`` with the highest ``score``.
 
     The manifest goes first, so that what is half removed does not count.
     """
@@ -123,7 +123,7 @@ def prune(root: str | Path, keep: int, keep_best: int = 0) -> None:
     kept = set(folders[-keep:])
     if keep_best:
         scored = [(_manifest(*fsspec.url_to_fs(f)).get("score"), f) for f in folders]
-        kept |= {f for _, f in sorted((score, f) for score, f in scored if score is not None)[-keep_best:]}
+        kept |= {f for _, f in sorted((-score, f) for score, f in scored if score is not None)[:keep_best]}
     for folder in folders:
         if folder not in kept:
             fs.rm_file(f"{folder}/{MANIFEST}")

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlhf_dist.config import Config
+from rlhf_dist.config_io import is_list, section_of
 
 HEADER = """\
 # Config keys
@@ -79,12 +80,6 @@ def type_name(annotation: Any, bounds: Sequence[Any] = ()) -> str:
     return NAMES[origin or annotation] + _bounds(bounds)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class that a field holds, by itself or in a list; None for a plain value."""
-    candidates = [annotation, *get_args(annotation)]
-    return next((c for c in candidates if inspect.isclass(c) and issubclass(c, BaseModel)), None)
-
-
 def _bounds(metadata: Sequence[Any]) -> str:
     found = []
     for item in metadata:
@@ -108,12 +103,11 @@ def _collect(
     """``places``: every section class with the paths at which it stands and the values there."""
     places.setdefault(kind, {})[path] = values
     for name, field in kind.model_fields.items():
-        child = section_of(field.annotation)
+        child, listed = section_of(field.annotation), is_list(field.annotation)
         if child is None:
             continue
-        is_list = get_origin(field.annotation) is list
-        inside = f"{path}.{name}".lstrip(".") + ("[]" if is_list else "")
-        own = {n: default(f) for n, f in child.model_fields.items()} if is_list else dict(values[name])
+        inside = f"{path}.{name}".lstrip(".") + ("[]" if listed else "")
+        own = {n: default(f) for n, f in child.model_fields.items()} if listed else dict(values[name])
         _collect(child, inside, own, places)
 
 
@@ -122,7 +116,7 @@ def _section(kind: type[BaseModel], places: dict[str, dict[str, Any]]) -> str:
     rows = [
         f"| `{name}` | {type_name(field.annotation, field.metadata)} | {_defaults(name, places)} | {_text(field)} |"
         for name, field in kind.model_fields.items()
-        if get_origin(field.annotation) is list or section_of(field.annotation) is None
+        if is_list(field.annotation) or section_of(field.annotation) is None
     ]
     if not rows:
         return ""

@@ -210,10 +210,11 @@ def _child(section: type[BaseModel], part: Any) -> type[BaseModel] | None:
     if isinstance(part, int):
         return section  # the list's element type was resolved with its name
     field = section.model_fields.get(str(part))
-    return _model_of(field.annotation) if field else None
+    return section_of(field.annotation) if field else None
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class that a field holds, by itself or in a list; None for a plain value."""
     if (
         isinstance(annotation, type)
         and not isinstance(annotation, types.GenericAlias)
@@ -221,21 +222,25 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     ):
         return annotation
     for argument in typing.get_args(annotation):
-        if (found := _model_of(argument)) is not None:
+        if (found := section_of(argument)) is not None:
             return found
     return None
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a field holds a list, or a list or nothing."""
+    return list in (typing.get_origin(a) for a in (annotation, *typing.get_args(annotation)))
 
 
 def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Dotted names of all keys (elements of lists as ``key[]``)."""
     keys = []
     for name, field in section.model_fields.items():
-        child = _model_of(field.annotation)
+        child = section_of(field.annotation)
         if child is None:
             keys.append(prefix + name)
         else:
-            is_list = typing.get_origin(field.annotation) is list
-            keys += all_keys(child, f"{prefix}{name}{'[]' if is_list else ''}.")
+            keys += all_keys(child, f"{prefix}{name}{'[]' if is_list(field.annotation) else ''}.")
     return keys
 
 

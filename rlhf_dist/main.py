@@ -12,7 +12,7 @@ from rlhf_dist.config_io import ConfigError, dump, load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 finished, 1 failed, 2 a mistake in config or data, 130 interrupted."""
+    """Exit code: 0 finished, 1 failed, 2 a mistake in config or data, 3 waiting for people, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["replay"]:
         return _replay(arguments[1:])
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlhf_dist.planner import plan
 
         return plan(cfg)
-    from rlhf_dist.recipes import RECIPES
+    from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 
     try:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with run:
         run.prepare()
-        RECIPES[cfg.recipe](run)
+        pipeline(run)
         run.finish()
     return run.exit_code
 

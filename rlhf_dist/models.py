@@ -80,6 +80,20 @@ class ScalarModule(nn.Module):
         super().__init__()
         self.model = model
 
+    @property
+    def mean(self) -> float:
+        """The score that counts as 0; see :meth:`center`."""
+        return getattr(self.model.config, "reward_mean", 0.0)
+
+    def center(self, mean: float) -> None:
+        """Take ``mean`` off all scores from now on: with the mean score of reference responses these have mean 0.
+
+        InstructGPT (2203.02155) uses a bias for that. The heads of transformers' classifiers have none, so
+        it is ``reward_mean`` in the model's ``config.json``, which this class alone reads. A critic that starts from
+        the reward model thereby estimates the scores that the policy gets.
+        """
+        self.model.config.reward_mean = self.mean + mean
+
     def forward(self, batch: Batch) -> Tensor:
         backbone: nn.Module = getattr(self.model, self.model.base_model_prefix)
         head: nn.Module = getattr(self.model, "score")  # noqa: B009  (mypy takes the attribute for a Tensor)
@@ -89,7 +103,7 @@ class ScalarModule(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
-        return head(hidden).squeeze(-1).float()
+        return head(hidden).squeeze(-1).float() - self.mean
 
     def scores(self, batch: Batch) -> Tensor:
         """The value at the last token of each sequence, ``[sequences]``."""

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_dist.config import Config, LearnerConfig
+from rlhf_dist.config import Config, LearnerConfig, Stage
 from rlhf_dist.observability.terminal import Terminal
 
 
@@ -30,46 +30,47 @@ class Role:
 
 
 def roles(cfg: Config) -> list[Role]:
-    """Every process of every stage; stages run one after the other."""
-    plan: list[Role] = []
-    generator = _generator(cfg)
-    if "sft" in cfg.stages:
-        plan.append(_learner("sft", "sft", cfg.sft.learner))
-    if "distill" in cfg.stages:
-        plan.append(Role("teacher", *generator))
-        plan.append(_learner("distill", "distill", cfg.distill.learner))
-    if cfg.samples_comparisons:
-        plan.append(Role("sampling", *generator))
-    if "reward_model" in cfg.stages:
-        plan.append(_learner("reward_model", "reward_model", cfg.reward_model.learner))
-    if "dpo" in cfg.stages:
-        plan.append(_learner("dpo", "dpo", cfg.dpo.learner))
-        plan.append(Role("evaluate", *generator))
-        plan.append(_reference("evaluate", cfg))
-    if cfg.runs_ppo:
-        plan.append(_learner("ppo", "policy", cfg.policy.learner))
-        if cfg.uses_critic:
-            plan.append(_learner("ppo", "critic", cfg.critic.learner))
-        plan.append(Role("ppo", *generator))
-        r = cfg.reward
-        plan.append(
-            Role(
-                "ppo",
-                "reward",
-                r.replicas,
-                r.cpus,
-                r.gpus,
-                " + ".join(_component(cfg, i) for i in range(len(r.components))),
-            )
-        )
-        if cfg.uses_reference:
-            plan.append(_reference("ppo", cfg))
-    if cfg.recipe == "evaluate":
-        plan.append(Role("evaluate", *generator))
-        if not cfg.trains_reward:
-            r = cfg.reward
-            plan.append(Role("evaluate", "reward", r.replicas, r.cpus, r.gpus, ""))
-    return plan
+    """Every process of every stage; stages run one after the other. Rounds are alike, and the first stands for all."""
+    return [role for stage in cfg.stages if stage.round < 2 for role in _roles(cfg.of(stage), stage)]
+
+
+def _roles(cfg: Config, stage: Stage) -> list[Role]:
+    label, generator, r = stage.label, _generator(cfg), cfg.reward
+    components = " + ".join(_component(cfg, i) for i in range(len(r.components)))
+    reward = Role(label, "reward", r.replicas, r.cpus, r.gpus, components)
+    match stage.recipe:
+        case "sft":
+            return [_learner(label, "sft", cfg.sft.learner)]
+        case "distill":
+            return [Role(f"{label} teacher", *generator), _learner(label, "distill", cfg.distill.learner)]
+        case "compare":
+            return [Role(label, *generator)]
+        case "reward_model":
+            return [_learner(label, "reward_model", cfg.reward_model.learner)]
+        case "dpo":
+            after = f"{label} evaluation"
+            evaluation = [Role(after, *generator), _reference(after, cfg), *_metrics(after, cfg)]
+            return [_learner(label, "dpo", cfg.dpo.learner), *evaluation]
+        case "ppo":
+            critic = [_learner(label, "critic", cfg.critic.learner)] if cfg.uses_critic else []
+            reference = [_reference(label, cfg)] if cfg.uses_reference else []
+            learners = [_learner(label, "policy", cfg.policy.learner), *critic]
+            return [*learners, Role(label, *generator), reward, *reference, *_metrics(label, cfg)]
+        case "evaluate":
+            return [Role(label, *generator), *([] if cfg.trains_reward else [reward]), *_metrics(label, cfg)]
+        case "evaluate_reward":
+            c = cfg.reward_model.learner
+            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group")]
+    raise AssertionError(stage.recipe)
+
+
+def _metrics(stage: str, cfg: Config) -> list[Role]:
+    """The process of ``evaluation.metrics``, where it was given a share of the machine."""
+    e = cfg.evaluation
+    if not e.metrics or not (e.cpus or e.gpus):
+        return []
+    what = " and ".join(m.name for m in e.metrics)
+    return [Role(stage, "metrics", 1, e.cpus, e.gpus, what)]
 
 
 def check_fits(cfg: Config, cpus: float, gpus: float) -> None:
@@ -90,27 +91,39 @@ def check_fits(cfg: Config, cpus: float, gpus: float) -> None:
 
 def check_files(cfg: Config) -> list[str]:
     """Problems with files and functions that the config names; empty if there are none."""
+    return list(dict.fromkeys(problem for stage in cfg.stages for problem in _check_files(cfg.of(stage))))
+
+
+def _check_files(cfg: Config) -> list[str]:
     problems = []
     models = {"model.path": cfg.model.path, "model.tokenizer": cfg.model.tokenizer, "critic.path": cfg.critic.path}
     models |= {
         f"reward.components[{i}].model": c.model for i, c in enumerate(cfg.reward.components) if c.model != "trained"
+    }
+    known = ("trained", *(stage.name for stage in cfg.stages))
+    models |= {
+        f"evaluation.metrics[{i}].model": m.model for i, m in enumerate(cfg.evaluation.metrics) if m.model not in known
     }
     models["reward_model.path"] = cfg.reward_model.path
     models["distill.teacher"] = cfg.distill.teacher
     for key, path in models.items():
         if path and _is_folder_name(path) and not (Path(path).expanduser() / "config.json").is_file():
             problems.append(f"{key}={path}: no folder with a config.json there")
-    for key in ("train", "test", "pretrain"):
-        name = getattr(cfg.data, key)
-        folder = cfg.data.dir or ""
+    folder = cfg.data.dir or ""
+    files = {f"data.{key}": getattr(cfg.data, key) for key in ("train", "test", "pretrain")}
+    for key, name in (files | {"distill.extra": cfg.distill.extra}).items():
         if (
             name
             and not name.startswith("hub:")
             and not folder.startswith("hub:")
             and not (Path(folder) / name).is_file()
         ):
-            problems.append(f"data.{key}={name}: no such file in {folder or Path.cwd()}")
+            problems.append(f"{key}={name}: no such file in {folder or Path.cwd()}")
+    context = cfg.distill.context_file
+    if context is not None and not Path(context).is_file():
+        problems.append(f"distill.context_file={context}: no such file")
     functions = [(f"reward.components[{i}].function", c.function) for i, c in enumerate(cfg.reward.components)]
+    functions.append(("compare.by", None if cfg.compare.by == "people" else cfg.compare.by))
     functions += [(f"evaluation.metrics[{i}].function", m.function) for i, m in enumerate(cfg.evaluation.metrics)]
     algo = (("advantage_estimator", cfg.algo.advantage_estimator), ("policy_loss", cfg.algo.policy_loss))
     functions += [(f"algo.{key}", name) for key, name in algo if ":" in name]
@@ -126,7 +139,8 @@ def plan(cfg: Config) -> int:
     terminal = Terminal()
     terminal.title(f"{cfg.recipe}: {cfg.description}" if cfg.description else cfg.recipe)
     if cfg.runs_ppo:
-        terminal.table("One PPO step", ["", ""], _arithmetic(cfg))
+        ppo = next(stage for stage in cfg.stages if stage.recipe == "ppo")
+        terminal.table("One PPO step", ["", ""], _arithmetic(cfg.of(ppo)))
     rows = [
         [r.stage, r.role, str(r.processes), f"{r.cpus:g}", f"{r.gpus:g}", str(_threads(r)), r.what] for r in roles(cfg)
     ]

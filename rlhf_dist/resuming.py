@@ -23,7 +23,7 @@ MAY_CHANGE = (
     r".*micro_batch_tokens",
     r"reward\.(replicas|cpus|gpus|resources)(\..*)?",
     r"reward\.components\.\d+\.(url|headers|timeout|retries)(\..*)?",
-    r"evaluation\.show_samples",
+    r"evaluation\.(show_samples|cpus|gpus)",
 )
 
 
@@ -52,6 +52,15 @@ def unfinished(folder: Path, cfg: Config) -> bool:
             + "\ngo on with the values it was started with, choose another run.name, or say run.resume=changed"
         )  # fmt: skip
     return True
+
+
+def flat(tree: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys of a tree, and its leaves; the elements of a list are numbered."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: v for name, part in tree.items() for k, v in flat(part, f"{key}.{name}" if key else str(name)).items()}
 
 
 def differences(old: Any, new: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

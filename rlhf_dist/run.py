@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 import ray
 
-from rlhf_dist import checkpoint, planner
+from rlhf_dist import artifacts, checkpoint, planner
 from rlhf_dist.actors import diagnosis, waiting
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors.data import prepare_model
@@ -30,8 +31,9 @@ from rlhf_dist.actors.faults import Faults
 from rlhf_dist.actors.group import Startable
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.waiting import SETTLING, WaitLimitExceeded, WorkerFailed
-from rlhf_dist.config import Config
+from rlhf_dist.config import Config, Stage
 from rlhf_dist.config_io import dump
+from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.observability.logs import quiet_libraries
 from rlhf_dist.observability.metrics import MetricsWriter
 from rlhf_dist.observability.report import write_report
@@ -43,6 +45,10 @@ from rlhf_dist.resuming import unfinished
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; a BaseException, so that nothing on the way takes it for an error and goes on."""
+
+
+class WaitingForPeople(Exception):
+    """Nothing is left to do before somebody has done something; the same command goes on then."""
 
 
 class Run:
@@ -71,6 +77,9 @@ class Run:
         self.samples: list[dict[str, Any]] = []
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self.failed_batch: str | None = None
+        self.stage = cfg.stages[0]
+        self.results: dict[str, Path] = {}
+        """Folders of what the stages so far have made, by name."""
         self._groups: list[Startable] = []
         self._open = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
@@ -87,6 +96,7 @@ class Run:
         (self.folder / "config.yaml").write_text(dump(self.cfg))
         self.summary.set("recipe", self.cfg.recipe)
         self.summary.set("rows_skipped", 0)
+        self.summary.set("row_faults", {})
         self.summary.set("failed_batch", None)
         self.summary.write(self.path("summary.json"))
         waiting.limit = self.cfg.run.wait_limit
@@ -129,17 +139,67 @@ class Run:
         signal.signal(signal.SIGALRM, self._terminated)
         signal.setitimer(signal.ITIMER_REAL, max(self.cfg.run.term_limit, 1e-3))
 
-    def once(self, name: str, make: Callable[[], str]) -> str:
-        """The folder ``name`` of the run that ``make`` writes; a run that is gone on with need not write it again."""
-        folder = self.folder / name
-        if self.resumed and (folder / checkpoint.MANIFEST).exists():
-            checkpoint.verify(folder)
+    @contextlib.contextmanager
+    def at(self, stage: Stage) -> Iterator[None]:
+        """While this lasts, the run is in ``stage``: its config, its name and its folder."""
+        whole = self.cfg
+        self.stage, self.cfg = stage, whole.of(stage)
+        try:
+            yield
+        finally:
+            self.cfg = whole
+
+    @property
+    def result(self) -> str:
+        """The folder of what the stage makes."""
+        return self.path(self.stage.name)
+
+    def beside(self, *parts: str) -> str:
+        """A path beside the folder of the stage's result."""
+        return self.path(self.stage.parent, *parts)
+
+    def once(self, make: Callable[[], str], name: str | None = None) -> Path:
+        """The result of the stage, which ``make`` writes to its folder, unless it was made before from the same inputs.
+
+        Args:
+            name: of a part of the stage that is kept by itself, and of its folder; default: the stage's result.
+
+        Raises:
+            ValueError: the run has it already, from other inputs; names what differs.
+        """
+        name = name or self.stage.name
+        folder = Path(self.path(name))
+        inputs = artifacts.inputs(self.cfg, self.stage, self.results, self.model_path, self.tokenizer_dir)
+        if (folder / checkpoint.MANIFEST).exists():
+            if changed := artifacts.changed(folder, inputs):
+                lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())
+                raise ValueError(
+                    f"{folder} was made from something else:\n{lines}\nchoose another run.name: what has not changed "
+                    "is taken over from this run (pipeline.reuse)"
+                )
             self.terminal.info(f"{name} is there already: {folder}")
-            return str(folder)
-        path = make()
-        checkpoint.seal(folder, {"stage": name})
+            return self._figures_of(folder)
+        reuse = self.cfg.recipe == "pipeline" and self.cfg.pipeline.reuse
+        if reuse and (source := artifacts.find(self.folder.parent, name, inputs)):
+            artifacts.take_over(source, folder)
+            self.terminal.info(f"{name} is taken over from {source}, which was made from the same inputs")
+            return self._figures_of(folder)
+        self.summary.was_set.clear()
+        make()
+        about = {"inputs": inputs, "made_with": artifacts.made_with(), "figures": dict(self.summary.was_set)}
+        checkpoint.seal(folder, about)
         self.write_summary()
-        return path
+        return folder
+
+    def _figures_of(self, folder: Path) -> Path:
+        """Put the figures of a stage that need not be made into the summary."""
+        for key, value in json.loads((folder / checkpoint.MANIFEST).read_text())["figures"].items():
+            self.summary.set(key, value)
+        return folder
+
+    def prompt_order(self, rows: int) -> PromptOrder:
+        """In which order the stage takes its prompts: another one in every round."""
+        return PromptOrder(rows, self.cfg.seed + 1_000_003 * self.stage.round, self.cfg.data.shuffle)
 
     def write_summary(self) -> None:
         """So that a run that goes on after a kill has the figures of this one."""
@@ -160,6 +220,12 @@ class Run:
             self.summary.finish("interrupted", str(error) or "Ctrl-C")
             self.terminal.warn("interrupted: stopping all processes")
             self.terminal.info(f"the same command with run.name={self.folder.name} goes on from here")
+            return True
+        if isinstance(error, WaitingForPeople):
+            self.exit_code = 3
+            self.summary.finish("waiting", str(error))
+            self.terminal.info(f"waiting for people: {error}")
+            self.terminal.info(f"the same command with run.name={self.folder.name} goes on when they are there")
             return True
         with open(self.path("logs", "driver.log"), "a") as log:
             log.write("".join(traceback.format_exception(error)))
@@ -224,10 +290,19 @@ class Run:
             )
 
     def note_rows(self, what: str, report: dict[str, Any]) -> None:
-        """Report what a reader left out: on the terminal, and in ``rows_skipped``."""
+        """Report what a reader left out: on the terminal, and in ``rows_skipped`` and ``row_faults``."""
         if report.get("skipped"):
-            self.summary.set("rows_skipped", self.summary.get("rows_skipped") + report["skipped"])
-            self.terminal.warn(f"{what}: {report['skipped']} faulty rows skipped, the first: {report['messages'][0]}")
+            faults = Counter(self.summary.get("row_faults", {})) + Counter(report["faults"])
+            self.summary.set("row_faults", dict(faults))
+            self.summary.set("rows_skipped", faults.total())
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in report["faults"].items())
+            self.terminal.warn(
+                f"{what}: {report['skipped']} faulty rows skipped: {kinds}; the first: {report['messages'][0]}"
+            )
+        if report.get("tied"):
+            self.terminal.info(f"{what}: {report['tied']} pairs left out, neither side is better")
+        if report.get("no_pair"):
+            self.terminal.info(f"{what}: {report['no_pair']} prompts left out, no pair of their responses is left")
         if report.get("too_long"):
             self.terminal.info(f"{what}: {report['too_long']} rows left out, longer than the limit")
 

@@ -31,23 +31,27 @@ PROMPT = pa.schema(
 #: Tokenized demonstrations (SFT). The loss is on ``response_ids`` only.
 DEMONSTRATION = pa.schema([("prompt_ids", _ids), ("response_ids", _ids)])
 
-#: Tokenized comparisons (reward model). ``margin`` is 0 where none is given.
+#: Tokenized comparisons (reward model). ``preference`` is the share of the annotators who prefer the chosen side, 0.5
+#: or more; ``margin`` is 0 where none is given.
 COMPARISON = pa.schema(
     [
         ("prompt_ids", _ids),
         ("chosen_ids", _ids),
         ("rejected_ids", _ids),
+        ("preference", pa.float32()),
         ("margin", pa.float32()),
         ("source", pa.string()),
     ]
 )
 
-#: Tokenized rankings (K-wise reward model). Lower ranks are better; equal ones are ties.
+#: Tokenized rankings (K-wise reward model) of K responses each. ``preferences`` has a number for each of the K(K-1)/2
+#: pairs, in the order (1, 2), (1, 3) ... (K-1, K): the probability that the first is the better one, 0.5 for a tie, NaN
+#: where they are not compared.
 RANKING = pa.schema(
     [
         ("prompt_ids", _ids),
         ("responses", pa.list_(_ids)),
-        ("ranks", _floats),
+        ("preferences", _floats),
     ]
 )
 
@@ -77,6 +81,9 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
     "rewards": _floats,
     "advantages": _floats,
     "returns": _floats,
+    # k numbers for each response token, one after the other: more than 2^31 in a column soon.
+    "teacher_ids": pa.large_list(pa.int32()),
+    "teacher_logprobs": pa.large_list(pa.float32()),
 }
 
 #: Stage columns that may hold nulls until the batch is complete: samples whose reward was given up.
@@ -90,6 +97,9 @@ EXPERIENCE = pa.schema(
         *[(name, _floats) for name in ("old_logprobs", "rewards", "advantages")],
     ]
 )
+
+#: Columns in which NaN has a meaning.
+MAY_BE_NAN = ("preferences",)
 
 #: Columns with one element per response token.
 PER_TOKEN = (

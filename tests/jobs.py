@@ -29,6 +29,9 @@ def length(prompts, responses, fields):
 def long_enough(prompts, responses, fields):
     return [float(len(r) > 40) for r in responses]
 
+def constant(prompts, responses, fields):
+    return [1.0] * len(prompts)
+
 def broken(prompts, responses, fields):
     raise KeyError("no such family")
 
@@ -85,10 +88,10 @@ class Job:
         path = self.folder / "metrics.jsonl"
         return [r for r in read_metrics(path) if r["stage"] == stage]
 
-    def wait_for_step(self, step: int, seconds: float = 300) -> Job:
-        """Until ``step`` of PPO is logged."""
+    def wait_for_step(self, step: int, seconds: float = 300, stage: str = "ppo") -> Job:
+        """Until ``step`` of a stage is logged."""
         deadline = time.monotonic() + seconds
-        while not any(r["step"] >= step for r in self.metrics("ppo")):
+        while not any(r["step"] >= step for r in self.metrics(stage)):
             assert self.process.poll() is None, self.wait().output
             assert time.monotonic() < deadline, f"step {step} did not come within {seconds:g} s"
             time.sleep(0.05)

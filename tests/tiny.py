@@ -90,17 +90,22 @@ def comparisons(lengths: Sequence[tuple[int, int, int]], seed: int = 0) -> pa.Ta
         f"{side}_ids": ragged([x[i] for x in lengths], ids, pa.int32())
         for i, side in enumerate(("prompt", "chosen", "rejected"))
     }
-    margin = pa.array(rng.random(len(lengths)), pa.float32())
-    return pa.table({**columns, "margin": margin, "source": [""] * len(lengths)}, schema=schema.COMPARISON)
+    margin, preference = (
+        pa.array(x, pa.float32()) for x in (rng.random(len(lengths)), 1 - rng.random(len(lengths)) / 2)
+    )
+    given = {"preference": preference, "margin": margin, "source": [""] * len(lengths)}
+    return pa.table({**columns, **given}, schema=schema.COMPARISON)
 
 
-def rankings(lengths: Sequence[tuple[int, Sequence[int]]], ranks: Sequence[Sequence[float]], seed: int = 0) -> pa.Table:
-    """Random rankings: tokens of each prompt and of its responses, and their ranks."""
+def rankings(
+    lengths: Sequence[tuple[int, Sequence[int]]], preferences: Sequence[Sequence[float]], seed: int = 0
+) -> pa.Table:
+    """``schema.RANKING``: random tokens of each prompt and of its responses, and the labels of its pairs."""
     rng = np.random.default_rng(seed)
     ids = lambda n: rng.integers(1, VOCAB, n).tolist()
     columns = {
         "prompt_ids": [ids(p) for p, _ in lengths],
         "responses": [[ids(n) for n in responses] for _, responses in lengths],
-        "ranks": [list(map(float, r)) for r in ranks],
+        "preferences": [list(map(float, p)) for p in preferences],
     }
     return pa.table(columns, schema=schema.RANKING)

@@ -156,7 +156,7 @@ class GeneratorGroup(Holder):
         return batch
 
     def next_tokens(self, call: int, table: ObjectRef, rows: np.ndarray, k: int) -> tuple[ObjectRef, ObjectRef]:
-        """References to the number of rows and to their columns; calls go round."""
+        """References to the figures of a call and to its columns; calls go round."""
         next_tokens: Any = self.actors[call % len(self.actors)].next_tokens.options(num_returns=2)
         return tuple(next_tokens.remote(table, rows, k))
 

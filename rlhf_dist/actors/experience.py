@@ -83,11 +83,18 @@ class Experience(Worker):
         self._write(step, table)
         return table, metrics
 
-    def summarize(self, parts: list[Part], prompts: pa.Table, group_by: str | None, n_samples: int) -> dict[str, Any]:
+    def summarize(
+        self,
+        parts: list[Part],
+        prompts: pa.Table,
+        group_by: str | None,
+        n_samples: int,
+        best_of_n: Sequence[int],
+    ) -> dict[str, Any]:
         """Figures of an evaluation: see :func:`rlhf_dist.evaluation.summary.summarize`."""
         from rlhf_dist.evaluation.summary import summarize
 
-        return summarize(join_batch(fetch(parts)), prompts, self.tokenizer, group_by, n_samples)
+        return summarize(join_batch(fetch(parts)), prompts, self.tokenizer, group_by, n_samples, best_of_n)
 
     def unfit(self, parts: list[Part]) -> tuple[list[int], list[int]]:
         """Groups without a reward, and groups whose scores are all equal; the only stage of ``parts`` is the reward."""
@@ -182,10 +189,17 @@ class ExperienceGroup(Holder):
         return without_reward, equal
 
     def summarize(
-        self, rollouts: RolloutBatch, columns: Sequence[Columns], prompts: ObjectRef, group_by: str | None, n: int
+        self,
+        rollouts: RolloutBatch,
+        columns: Sequence[Columns],
+        prompts: ObjectRef,
+        group_by: str | None,
+        n: int,
+        best_of_n: Sequence[int] = (),
     ) -> dict[str, Any]:
         parts = references(rollouts, columns)
-        return wait_for(self.actor.summarize.remote(parts, prompts, group_by, n), "experience, summarising")
+        call: ObjectRef = self.actor.summarize.remote(parts, prompts, group_by, n, best_of_n)
+        return wait_for(call, "experience, summarising")
 
     def flush(self) -> None:
         """Wait until every batch is in its file."""

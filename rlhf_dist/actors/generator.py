@@ -113,15 +113,16 @@ class Generator(Worker):
         samples = _checked(self.outbox.get())
         return _info(samples), rollout_table(samples)
 
-    def next_tokens(self, table: pa.Table, rows: np.ndarray, k: int) -> tuple[int, pa.Table]:
+    def next_tokens(self, table: pa.Table, rows: np.ndarray, k: int) -> tuple[dict[str, float], pa.Table]:
         """The ``k`` most likely tokens at each response token of ``rows``, at temperature 1, for distillation.
 
         Args:
             table: ``teacher_prompt_ids`` and ``response_ids``.
 
         Returns:
-            the number of rows, and ``row``, ``teacher_ids`` and ``teacher_logprobs`` with k numbers for each response
-            token, one after the other.
+            numbers of ``rows`` and response ``tokens``, and the ``probability`` that the k tokens have together, summed
+            over these; and ``row``, ``teacher_ids`` and ``teacher_logprobs`` with k numbers for each response token,
+            one after the other.
         """
         prompts, responses = Ragged.of(table, "teacher_prompt_ids"), Ragged.of(table, "response_ids")
         finished: queue.Queue = queue.Queue()
@@ -144,8 +145,11 @@ class Generator(Worker):
             parts = [
                 getattr(s, field)[len(s.token_ids) - n :].reshape(-1) for s, n in zip(scores, lengths, strict=True)
             ]
-            columns[name] = Ragged.to_arrow(np.concatenate(parts), lengths * k)
-        return len(rows), pa.table(columns)
+            kind = schema.STAGE_COLUMNS[name]
+            flat = np.concatenate([np.empty(0, kind.value_type.to_pandas_dtype()), *parts])
+            columns[name] = Ragged.to_arrow(flat, lengths * k).cast(kind)
+        probability = float(np.exp(columns["teacher_logprobs"].values.to_numpy()).sum())
+        return {"rows": len(rows), "tokens": int(lengths.sum()), "probability": probability}, pa.table(columns)
 
     def load(self, version: int, parts: list[ray.ObjectRef], canaries: list[ray.ObjectRef]) -> Any:
         """Pull one version of the weights and pass the gate; returns the ``SyncRecord``.

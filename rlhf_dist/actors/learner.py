@@ -19,7 +19,7 @@ from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.learner_worker import LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
-from rlhf_dist.actors.stats import PendingStats
+from rlhf_dist.actors.stats import PendingStats, reduce_ranks
 from rlhf_dist.actors.transport import TRANSPORTS, Weights
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.observability.trace import Span
@@ -69,15 +69,30 @@ class LearnerGroup:
         arguments = (table, list(minibatches), *(pretrain or ()))
         return PendingStats([(self.role, [r.update.remote(*arguments) for r in self.ranks])])
 
+    def evaluate(self, table: ObjectRef, rows: np.ndarray) -> dict[str, float]:
+        """Figures of the objective on ``rows`` of ``table``, over all of them at once; nothing is learnt."""
+        shares = wait_for([r.evaluate.remote(table, rows) for r in self.ranks], f"{self.role}, evaluating")
+        return reduce_ranks([[share] for share in shares])[0]
+
+    def keep(self, folder: str) -> None:
+        """Write the state of every rank to a ``folder`` that all ranks see; :meth:`go_back` returns to it."""
+        wait_for([r.keep.remote(folder) for r in self.ranks], f"{self.role}, keeping its state in {folder}")
+
+    def go_back(self, folder: str) -> None:
+        wait_for([r.go_back.remote(folder) for r in self.ranks], f"{self.role}, going back to {folder}")
+
     def pair_logprobs(self, table: ObjectRef) -> ObjectRef:
         """``table`` with the columns ``ref_chosen`` and ``ref_rejected``, from the policy as it is now."""
         return join_columns(table, [r.pair_logprobs.remote(table) for r in self.ranks], self.role)
 
     def pair_outcomes(self, table: ObjectRef) -> pa.Table:
-        """``source``, ``correct`` and ``longer_wins`` for every comparison."""
-        return pa.concat_tables(
-            wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
-        )
+        """Of every comparison, in order: see ``LearnerWorker.pair_outcomes``."""
+        parts = wait_for([r.pair_outcomes.remote(table) for r in self.ranks], f"{self.role}, scoring pairs")
+        return pa.concat_tables(parts).sort_by("row")
+
+    def center(self, table: ObjectRef) -> float:
+        """Give the responses in ``table`` the mean score 0: see ``LearnerWorker.center``."""
+        return wait_for([r.center.remote(table) for r in self.ranks], f"{self.role}, centering")[0]
 
     def logprobs(self, batch: Stages, column: str = "old_logprobs") -> Columns:
         return batch.apply(self.role, lambda s: [r.logprobs.remote(s.chunk.table, column, s.rows) for r in self.ranks])

@@ -82,6 +82,8 @@ class LearnerWorker(Worker):
             with checkpoint.local_copy(spec.restore.folder) as folder:
                 self.engine.load(folder)
         self.objective = _objective(spec)
+        # Held-out data of a K-wise reward model are pairs.
+        self.held_out_objective = objectives.PairwiseObjective() if spec.objective == "kwise" else self.objective
         self.pretraining = objectives.SFTObjective(spec.algo.ptx_coef, metric="ptx_loss")
         self.torch = torch
         self.wire_dtype = getattr(torch, spec.wire_dtype or m.dtype)
@@ -144,13 +146,31 @@ class LearnerWorker(Worker):
         spec, objective = self.spec, self._objective_of(source)
         return each_row(self.engine, objective, source.table, source.minibatches[step], spec.pad_id, spec.packing)
 
-    def _forward_backward(self, objective: Any, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+    def evaluate(self, table: pa.Table, rows: np.ndarray) -> dict[str, float]:
+        """Figures of the objective on ``rows``, without learning from them: this rank's share, as in :meth:`update`."""
+        self.engine.train(False)
+        with self.trace.span(self.name, "evaluate"), self.torch.no_grad():
+            return self._forward_backward(self.held_out_objective, table, rows, backward=False)
+
+    def keep(self, folder: str) -> None:
+        """Write the state as it is now to the local ``folder``, for :meth:`go_back`."""
+        write, _ = self.engine.snapshot(Path(folder))
+        write()
+
+    def go_back(self, folder: str) -> None:
+        """Be again what :meth:`keep` has written; all ranks have."""
+        self.engine.load(Path(folder))
+
+    def _forward_backward(
+        self, objective: Any, table: pa.Table, rows: np.ndarray, backward: bool = True
+    ) -> dict[str, float]:
         """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
         totals = objective.totals(table, rows)
         metrics: dict[str, float] = {}
         for batch in self._micro_batches(objective, table, rows):
             loss, parts = objective.loss(self.engine, batch, totals)
-            self.engine.backward(loss)
+            if backward:
+                self.engine.backward(loss)
             for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value)
         return metrics
@@ -199,27 +219,29 @@ class LearnerWorker(Worker):
             yield batch.to(self.engine.device)
 
     def pair_outcomes(self, table: pa.Table) -> pa.Table:
-        """Of this rank's pairs: ``source``, ``correct`` (the chosen side scores higher), and what "longer wins" says.
-
-        ``longer_wins`` is 1 if the chosen side has more tokens, ½ if both have equally many.
+        """Of this rank's pairs ``row``, ``source``, ``difference`` (score of the chosen side less that of the rejected
+        one), ``longer`` (by how many tokens the chosen side is longer) and ``preference``.
         """
         from rlhf_dist.data.batching import Ragged
         from rlhf_dist.engines.objectives import PairwiseObjective
 
         rows: list[int] = []
-        correct: list[bool] = []
+        difference: list[float] = []
         self.engine.train(False)
         with self.torch.no_grad():
             for batch in self._micro_batches(PairwiseObjective(), table, np.arange(table.num_rows)):
                 scores = self.engine(batch).reshape(-1)[batch.last]
                 rows += batch.rows
-                correct += (scores[0::2] > scores[1::2]).tolist()[: len(batch.rows)]
-        longer = (Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths)[rows]
+                difference += (scores[0::2] - scores[1::2]).tolist()[: len(batch.rows)]
+        longer = Ragged.of(table, "chosen_ids").lengths - Ragged.of(table, "rejected_ids").lengths
+        index = pa.array(rows, pa.int64())
         return pa.table(
             {
-                "source": table["source"].take(pa.array(rows, pa.int64())),
-                "correct": pa.array(correct, pa.bool_()).cast(pa.float64()),
-                "longer_wins": pa.array((np.sign(longer) + 1) / 2),
+                "row": index,
+                "source": table["source"].take(index),
+                "difference": pa.array(difference, pa.float64()),
+                "longer": pa.array(longer[rows]),
+                "preference": table["preference"].take(index),
             }
         )
 
@@ -259,6 +281,21 @@ class LearnerWorker(Worker):
             values += out.reshape(-1)[batch.last].tolist()[: len(batch.rows)]
         score = pa.array(values, pa.float32())
         return pa.table({"row": pa.array(rows, pa.int64()), "score": score, column: score})
+
+    def center(self, table: pa.Table) -> float:
+        """Take the mean score of the responses in ``table`` off all scores from now on, the exported model's too.
+
+        Args:
+            table: ``schema.DEMONSTRATION``.
+
+        Returns:
+            that mean.
+        """
+        scores = self.scores(table, "score")["score"].to_numpy()
+        mean = float(np.concatenate(self.engine.gather(scores)).mean(dtype=np.float64))
+        module: Any = self.engine.module
+        module.center(mean)
+        return mean
 
     def _per_token(self, chunk: pa.Table, name: str, forward: Any) -> pa.Table:
         from rlhf_dist.data.batching import TokenColumn

@@ -12,50 +12,57 @@ from torch.nn.functional import logsigmoid
 Metrics = dict[str, Tensor]
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> tuple[Tensor, Metrics]:
-    """−log σ(r_w − r_l − margin) (InstructGPT, 2203.02155; margin: Llama 2, 2307.09288).
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, preference: Tensor, margin: Tensor | float = 0.0
+) -> tuple[Tensor, Metrics]:
+    """−p log σ(d) − (1 − p) log σ(−d) with d = r_w − r_l − margin: the cross entropy of the Bradley-Terry model.
+
+    With p = 1 it is −log σ(d) (InstructGPT, 2203.02155; margin: Llama 2, 2307.09288). Labels that disagree make p a
+    share, and a tie makes it ½, where the loss is least at d = 0.
 
     Args:
         chosen, rejected: scores of the two responses, ``[B]``.
-        margin: ``[B]``, how much better the chosen one ought to be; 0 if not given.
+        preference: p, ``[B]``, the probability that ``chosen`` is the better one.
+        margin: ``[B]``, how much better the chosen one ought to be.
 
     Returns:
-        loss ``[B]``; metrics ``accuracy`` (a tie counts ½) and ``margin`` (r_w − r_l), both ``[B]``.
+        loss ``[B]``; metrics ``accuracy`` (the side that is preferred scores higher; ties of scores or of labels count
+        ½) and ``margin`` (its score less the other's, 0 where labels tie), both ``[B]``.
     """
     difference = chosen - rejected
-    loss = -logsigmoid(difference if margin is None else difference - margin)
-    return loss, _difference_metrics(difference)
+    logit = difference - margin
+    loss = -preference * logsigmoid(logit) - (1 - preference) * logsigmoid(-logit)
+    return loss, _difference_metrics((2 * preference - 1).sign() * difference)
 
 
 def kwise_loss(
-    scores: Tensor, prompt: Tensor, rank: Tensor, total_prompts: float | Tensor | None = None
+    scores: Tensor, pair: Tensor, preference: Tensor, prompt: Tensor, total_prompts: float | Tensor | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Mean over prompts of the mean of −log σ(r_i − r_j) over a prompt's pairs with i ranked above j (2203.02155).
+    """Mean over prompts of the mean of :func:`pairwise_loss` over a prompt's pairs (2203.02155).
 
-    Without ties a prompt with K responses has K(K−1)/2 pairs. Ties give no pair and do not count in the mean; a
-    prompt without any pair is left out.
+    A prompt with K responses has K(K−1)/2 pairs, or fewer where not all were compared; one forward for each response
+    serves them all. Labels need not be transitive. A prompt without any pair does not count.
 
     Args:
-        scores: ``[N]``, one forward per response; all responses of a prompt are in the same call.
-        prompt: ``[N]`` int64, any ids in any order.
-        rank: ``[N]``, lower is better.
+        scores: ``[N]``, one for each response.
+        pair: ``[P, 2]`` int64, the two responses of each pair.
+        preference: ``[P]``, the probability that the first of a pair is the better one.
+        prompt: ``[P]`` int64, the prompt of each pair; all pairs of a prompt are in the same call.
         total_prompts: prompts with a pair in the global batch, so that micro-batches and ranks add up; by default
             those of this call.
 
     Returns:
-        loss, a scalar; metrics ``accuracy`` (a tie of scores counts ½) and ``margin`` (r_i − r_j), means over the
-        pairs of each of the P prompts that have one: ``[P]``.
+        loss, a scalar; metrics of :func:`pairwise_loss`, means over the pairs of each of the prompts: ``[prompts]``.
     """
-    better, worse = torch.nonzero((prompt[:, None] == prompt) & (rank[:, None] < rank), as_tuple=True)
-    _, index, pairs = torch.unique(prompt[better], return_inverse=True, return_counts=True)
-    difference = scores[better] - scores[worse]
+    per_pair, parts = pairwise_loss(scores[pair[:, 0]], scores[pair[:, 1]], preference)
+    _, index, pairs = torch.unique(prompt, return_inverse=True, return_counts=True)
 
     def mean_of_prompt(x: Tensor) -> Tensor:
         return x.new_zeros(len(pairs)).index_add(0, index, x) / pairs
 
-    metrics = {name: mean_of_prompt(x) for name, x in _difference_metrics(difference).items()}
-    share = mean_of_prompt(-logsigmoid(difference)).sum()
-    return share / (max(len(pairs), 1) if total_prompts is None else total_prompts), metrics
+    share = mean_of_prompt(per_pair).sum()
+    total = max(len(pairs), 1) if total_prompts is None else total_prompts
+    return share / total, {name: mean_of_prompt(x) for name, x in parts.items()}
 
 
 def dpo_loss(

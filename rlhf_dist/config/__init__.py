@@ -19,12 +19,20 @@ Batch sizes, once and for all:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from rlhf_dist.config.base import Section
-from rlhf_dist.config.data import DataConfig, LoRAConfig, ModelConfig, WorldConfig
+from rlhf_dist.config.data import (
+    COMPARISON_FORMATS,
+    RANKING_FORMATS,
+    DataConfig,
+    LoRAConfig,
+    ModelConfig,
+    WorldConfig,
+)
+from rlhf_dist.config.pipeline import PipelineConfig, Recipe, Stage, StageConfig, resolve
 from rlhf_dist.config.ppo import (
     ADVANTAGE_ESTIMATORS,
     CORRECTION_BOUNDS,
@@ -32,6 +40,7 @@ from rlhf_dist.config.ppo import (
     POLICY_LOSSES,
     AlgoConfig,
     CriticConfig,
+    EarlyStopConfig,
     PolicyConfig,
     RolloutConfig,
     TrainConfig,
@@ -47,11 +56,11 @@ from rlhf_dist.config.processes import (
 )
 from rlhf_dist.config.reward import RewardComponent, RewardConfig
 from rlhf_dist.config.stages import (
+    CompareConfig,
     DistillConfig,
     DPOConfig,
     EvalMetric,
     EvaluationConfig,
-    PipelineConfig,
     RewardModelConfig,
     SFTConfig,
     SupervisedConfig,
@@ -59,16 +68,20 @@ from rlhf_dist.config.stages import (
 
 __all__ = [
     "ADVANTAGE_ESTIMATORS",
+    "COMPARISON_FORMATS",
     "CORRECTION_BOUNDS",
     "GROUP_ESTIMATORS",
     "POLICY_LOSSES",
+    "RANKING_FORMATS",
     "AlgoConfig",
     "ClusterConfig",
+    "CompareConfig",
     "Config",
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
     "DistillConfig",
+    "EarlyStopConfig",
     "EvalMetric",
     "EvaluationConfig",
     "GeneratorConfig",
@@ -86,6 +99,8 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "Section",
+    "Stage",
+    "StageConfig",
     "SupervisedConfig",
     "TrainConfig",
     "WeightSyncConfig",
@@ -96,8 +111,11 @@ __all__ = [
 class Config(Section):
     """A whole run."""
 
-    recipe: Literal["sft", "distill", "reward_model", "ppo", "dpo", "pipeline", "evaluate"] = "pipeline"
-    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``."""
+    recipe: Literal[
+        "sft", "distill", "compare", "reward_model", "ppo", "dpo", "pipeline", "evaluate", "evaluate_reward"
+    ] = "pipeline"
+    """One stage, or pipeline, which runs several in order; evaluate samples and scores ``model.path``; evaluate_reward
+    judges the reward model in ``reward_model.path`` on held-out comparisons."""
     description: str = ""
     """One line for the reader; printed by --dry-run."""
     seed: int = 0
@@ -109,6 +127,7 @@ class Config(Section):
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig)
     distill: DistillConfig = Field(default_factory=DistillConfig)
     dpo: DPOConfig = Field(default_factory=DPOConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     algo: AlgoConfig = Field(default_factory=AlgoConfig)
@@ -123,13 +142,53 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """What the recipe runs, in order."""
+    def stages(self) -> tuple[Stage, ...]:
+        """What the run makes, in order."""
+        p = self.pipeline
         if self.recipe != "pipeline":
-            return (self.recipe,)
-        if self.pipeline.stages is not None:
-            return tuple(self.pipeline.stages)
-        return ("sft", "reward_model", "ppo") if self.trains_reward else ("sft", "ppo")
+            return resolve([StageConfig(recipe=self.recipe)])
+        if p.stages is not None:
+            return resolve(p.stages, p.round, p.rounds)
+        names: list[Recipe] = ["sft"]
+        if self.trains_reward:
+            names += ["compare", "reward_model"] if self.compare.by else ["reward_model"]
+        return resolve([StageConfig(recipe=name) for name in (*names, "ppo")], p.round, p.rounds)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Those of the stages, in order."""
+        return tuple(stage.recipe for stage in self.stages)
+
+    def of(self, stage: Stage) -> Config:
+        """The config as it is in a stage, whose own keys are set.
+
+        Raises:
+            ValueError: they make no valid config; names the stage.
+        """
+        if not stage.set:
+            return self
+        tree = self.model_dump(mode="json")
+        for one in [*(tree["pipeline"]["stages"] or []), *tree["pipeline"]["round"]]:
+            if isinstance(one, dict):
+                one.pop("set", None)
+        for key, value in stage.set.items():
+            *path, last = key.split(".")
+            node: Any = tree
+            for part in path:
+                node = node.get(part) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise ValueError(f"pipeline.stages: stage {stage.name} sets {key}, and there is no such key")
+            node[last] = value
+        try:
+            return Config.model_validate(tree, context={"stage": stage.name})
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+            raise ValueError(f"pipeline.stages: what stage {stage.name} sets is not valid: {faults}") from None
+
+    @property
+    def initial_model(self) -> str | None:
+        """The model that the run begins with, and whose tokenizer it uses if no other is given; None: it builds one."""
+        return self.reward_model.path if self.recipe == "evaluate_reward" else self.model.path
 
     @property
     def trains_reward(self) -> bool:
@@ -137,16 +196,8 @@ class Config(Section):
         return any(c.model == "trained" for c in self.reward.components)
 
     @property
-    def samples_comparisons(self) -> bool:
-        """Only the embedded world can label new samples; elsewhere comparisons come from the data."""
-        learns = "reward_model" in self.stages or "dpo" in self.stages
-        return (
-            self.recipe == "pipeline" and learns and self.data.format == "world" and self.data.world.sampled_pairs > 0
-        )
-
-    @property
     def runs_ppo(self) -> bool:
-        return "ppo" in self.stages
+        return "ppo" in self.recipes
 
     @property
     def uses_critic(self) -> bool:
@@ -184,46 +235,124 @@ class Config(Section):
         return self.train.epochs * (self.samples_per_step // self.train.batch_size)
 
     @model_validator(mode="after")
-    def _contradictions(self) -> Config:
-        if self.model.path is None and not self.model.architecture:
+    def _contradictions(self, info: ValidationInfo) -> Config:
+        if self.recipe == "evaluate_reward" and self.reward_model.path is None:
+            raise ValueError("recipe evaluate_reward needs a reward model: give its folder, reward_model.path")
+        if self.initial_model is None and not self.model.architecture:
             raise ValueError("model.path and model.architecture are both empty: give a model, or say what to build")
         if self.model.path is not None and self.model.architecture:
             raise ValueError("model.path and model.architecture are both given: which one is it?")
         if self.model.path is None and self.recipe in ("distill", "ppo", "dpo", "evaluate"):
             raise ValueError(f"recipe {self.recipe} needs a trained policy: give model.path (or use recipe: pipeline)")
-        if self.data.format != "world" and self.data.train is None and self.recipe != "evaluate":
-            raise ValueError(f"data.format is {self.data.format}, but data.train is not given")
-        self._check_stages()
-        if self.runs_ppo:
-            self._check_ppo()
+        evaluates = self.recipe in ("evaluate", "evaluate_reward")
+        if self.data.format != "world" and self.data.train is None and not (evaluates and self.data.test):
+            missing = "neither data.test nor data.train is given" if evaluates else "data.train is not given"
+            raise ValueError(f"data.format is {self.data.format}, but {missing}")
+        if not info.context:  # else this is the config of one stage
+            self._check_stages()
         self._check_devices()
         return self
 
     def _check_stages(self) -> None:
-        stages = self.stages
-        if not stages or len(set(stages)) < len(stages):
-            raise ValueError(f"pipeline.stages={list(stages)}: give at least one stage, and each only once")
-        before_ppo = stages[: stages.index("ppo")] if "ppo" in stages else ("reward_model",)
-        if self.recipe == "pipeline" and self.trains_reward and "reward_model" not in before_ppo:
+        """What must hold between stages, and in each of them."""
+        stages, recipes = self.stages, self.recipes
+        names = [stage.name for stage in stages]
+        if not stages:
+            raise ValueError("pipeline.stages is empty: give at least one stage")
+        uses_trained = False
+        for stage in stages:
+            own = self.of(stage)
+            own._check_stage(stage)
+            judged_by = [metric.model for metric in own.evaluation.metrics]
+            uses_trained |= own.trains_reward or bool({"trained", *names} & set(judged_by))
+            if self.recipe == "pipeline" and stage.recipe == "ppo" and own.trains_reward and stage.reward is None:
+                raise ValueError(
+                    f"pipeline.stages={names}: {stage.name} needs the reward model that reward.components asks for "
+                    "(`model: trained`); put reward_model before it, or give its folder"
+                )
+        if "reward_model" in recipes and "ppo" in recipes and not uses_trained:
             raise ValueError(
-                f"pipeline.stages={list(stages)}: ppo needs the reward model that reward.components asks for "
-                "(`model: trained`); put reward_model before it, or give its folder"
+                f"pipeline.stages={names} trains a reward model that nobody uses: no component of "
+                "reward.components, and none of evaluation.metrics, is `model: trained`"
             )
-        if "reward_model" in stages and "ppo" in stages and not self.trains_reward:
+
+    def _check_stage(self, stage: Stage) -> None:
+        """What must hold in one stage, whose own keys are set."""
+        match stage.recipe:
+            case "compare":
+                if self.compare.by is None:
+                    raise ValueError(f"compare.by must say who compares what {stage.name} samples")
+            case "distill":
+                d = self.distill
+                if not (d.context or d.context_file or d.teacher or d.from_scratch):
+                    raise ValueError(
+                        "distill: teacher and student are the same model and read the same text, so there is nothing "
+                        "to learn; give distill.context or context_file, distill.teacher or distill.from_scratch=true"
+                    )
+            case "reward_model" | "dpo":
+                self._check_comparisons(stage)
+            case "evaluate_reward":
+                if self.data.format not in COMPARISON_FORMATS:
+                    raise ValueError(
+                        f"evaluate_reward judges by comparisons, and data.format={self.data.format} has none; formats "
+                        f"that do: {', '.join(COMPARISON_FORMATS)}"
+                    )
+            case "ppo":
+                self._check_ppo()
+                self._check_metrics(stage)
+                self._check_early_stop()
+
+    def _check_comparisons(self, stage: Stage) -> None:
+        rm, found = self.reward_model, self.data.format
+        if found not in COMPARISON_FORMATS and not stage.comparisons:
             raise ValueError(
-                f"pipeline.stages={list(stages)} trains a reward model that nobody uses: no component of "
-                "reward.components is `model: trained`"
+                f"{stage.recipe} learns from comparisons, and data.format={found} has none; formats that do: "
+                f"{', '.join(COMPARISON_FORMATS)}"
             )
-        if "dpo" in stages and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(f"dpo learns from comparisons, and data.format={self.data.format} has none")
-        d = self.distill
-        if "distill" in stages and not (d.context or d.teacher or d.from_scratch):
+        if stage.recipe == "reward_model" and rm.loss == "kwise" and found not in RANKING_FORMATS:
             raise ValueError(
-                "distill: teacher and student are the same model and read the same text, so there is nothing to learn; "
-                "give distill.context, distill.teacher or distill.from_scratch=true"
+                f"reward_model.loss=kwise needs rankings, and data.format={found} has none; formats that do: "
+                f"{', '.join(RANKING_FORMATS)}"
             )
-        if self.reward_model.loss == "kwise" and "reward_model" in stages and self.data.format != "world":
-            raise ValueError(f"reward_model.loss=kwise needs rankings, and data.format={self.data.format} has none")
+        if rm.binarize and stage.comparisons:
+            raise ValueError(f"reward_model.binarize is for the data; {stage.name} also learns {stage.comparisons}")
+        if stage.recipe == "dpo" and (rm.ties, rm.labels, rm.binarize) != ("drop", "majority", False):
+            raise ValueError(
+                f"reward_model.ties={rm.ties}, labels={rm.labels}, binarize={str(rm.binarize).lower()}: dpo reads the "
+                "same pairs and needs the better side of each; use drop, majority and false"
+            )
+
+    def _check_metrics(self, stage: Stage) -> None:
+        for metric in self.evaluation.metrics:
+            if metric.model == "trained" and stage.reward is None:
+                raise ValueError(
+                    f"evaluation.metrics: {metric.name} is `model: trained`, the reward model that a pipeline trains "
+                    f"before {stage.name}, and there is none; give its folder"
+                )
+            if metric.name in [c.name for c in self.reward.components] and len(self.reward.components) > 1:
+                raise ValueError(
+                    f"evaluation.metrics and reward.components both have the name {metric.name}; give one another"
+                )
+
+    def _check_early_stop(self) -> None:
+        metric, known = self.train.early_stop.metric, ["reward", *(m.name for m in self.evaluation.metrics)]
+        if metric is None:
+            return
+        if metric not in known:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is no figure of the evaluation; expected one of {', '.join(known)}, "
+                "or add it to evaluation.metrics"
+            )
+        if not 0 < self.run.eval_every < self.train.steps:
+            raise ValueError(
+                f"train.early_stop.metric={metric} is read every run.eval_every={self.run.eval_every} steps of "
+                f"train.steps={self.train.steps}; set run.eval_every to 1 or more, and less than the steps"
+            )
+        if not self.run.checkpoint_every:
+            raise ValueError(
+                f"train.early_stop.metric={metric} goes back to the checkpoint of the best evaluation, but "
+                "run.checkpoint_every=0 saves none; set it to 1 or more"
+            )
 
     def _check_ppo(self) -> None:
         if self.samples_per_step % self.train.batch_size:
@@ -267,11 +396,6 @@ class Config(Section):
             )
         if self.algo.use_kl_loss and self.algo.kl_coef == 0:
             raise ValueError("algo.use_kl_loss=true with algo.kl_coef=0 has no effect")
-        if self.trains_reward and self.data.format not in ("world", "hh", "preferences"):
-            raise ValueError(
-                f"reward.components: `model: trained` needs comparisons, and data.format={self.data.format} has none; "
-                "give a function, a url or the folder of a reward model"
-            )
         if self.recipe == "ppo" and self.trains_reward:
             raise ValueError(
                 "reward.components: `model: trained` is the reward model of a pipeline; recipe ppo trains none. "

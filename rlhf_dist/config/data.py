@@ -57,16 +57,34 @@ class ModelConfig(Section):
     """Allow code from the model's repository to run. Off unless you read that code."""
 
 
+#: Values of ``data.format`` whose rows hold responses that people compared, and those with more than two to a prompt.
+COMPARISON_FORMATS = ("world", "hh", "preferences", "rankings", "qa_feedback", "voted")
+RANKING_FORMATS = ("world", "rankings", "qa_feedback", "voted")
+
+
 class DataConfig(Section):
     """Where prompts, demonstrations and comparisons come from."""
 
-    format: Literal["world", "hh", "messages", "preferences", "prompts", "gsm8k"] = "world"
+    format: Literal[
+        "world",
+        "hh",
+        "messages",
+        "instructions",
+        "preferences",
+        "rankings",
+        "qa_feedback",
+        "voted",
+        "prompts",
+        "gsm8k",
+    ] = "world"
     """world: the embedded miniature world. hh: `chosen`/`rejected` transcripts. messages: chat JSONL.
-    preferences: `prompt`/`chosen`/`rejected`. prompts: one `prompt` a row. gsm8k: `question`/`answer`."""
+    instructions: `instruction`/`input`/`output`. preferences: `prompt`/`chosen`/`rejected`. rankings: `responses`, best
+    first. qa_feedback: four `prediction`s with pair labels. voted: `answers` with `votes`. prompts: one `prompt` a row.
+    gsm8k: `question`/`answer`."""
     dir: str | None = None
     """Folder of the files below; or ``hub:NAME[:SUBSET]``: the splits train and test of a hub dataset are read then."""
     train: str | None = None
-    """Training file inside ``dir`` (.jsonl, .jsonl.gz, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
+    """Training file in ``dir`` (.jsonl, .jsonl.gz, .json, .parquet, .txt), or dataset ``hub:NAME[:SUBSET[:SPLIT]]``."""
     test: str | None = None
     """Held-out file, same forms. Its prompts are never trained on."""
     pretrain: str | None = None
@@ -74,7 +92,9 @@ class DataConfig(Section):
     chat_template: str | None = None
     """Jinja template; by default the tokenizer's own, or the plain `Human:`/`Assistant:` form of HH."""
     on_bad_row: Literal["skip", "fail"] = "skip"
-    """A faulty row is skipped, counted and reported with file and line, or stops the run."""
+    """A faulty row is skipped, counted by its fault and reported with file and line, or stops the run."""
+    part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    """Train on a part of the rows: 1/2 and 2/2 are two halves that share no prompt. Held-out rows are not divided."""
     max_rows: PositiveInt | None = None
     """Read at most so many rows of each file."""
     shuffle: bool = True
@@ -82,21 +102,29 @@ class DataConfig(Section):
     world: WorldConfig = Field(default_factory=lambda: WorldConfig())
     """Sizes of the embedded world; used by ``format: world`` only."""
 
+    @model_validator(mode="after")
+    def _part(self) -> DataConfig:
+        if self.part is not None:
+            number, of = map(int, self.part.split("/"))
+            if number > of:
+                raise ValueError(f"part={self.part}: the parts are 1/{of} to {of}/{of}")
+            if self.format == "world":
+                raise ValueError(f"part={self.part} divides rows of files; the world has no end: give stages a `seed`")
+        return self
+
 
 class WorldConfig(Section):
     """The embedded miniature assistant world."""
 
     demonstrations: PositiveInt = 24000
     """Imperfect demonstrations for SFT."""
-    comparisons: PositiveInt = 16000
-    """Preference pairs for the reward model."""
+    comparisons: PositiveInt = 8000
+    """Preference pairs of responses like the demonstrations, for the reward model."""
     prompts: PositiveInt = 4096
     """Training prompts for PPO."""
     test_prompts: PositiveInt = 512
     """Held-out prompts, with arguments that never occur in training."""
     label_noise: Fraction = 0.1
     """Share of preference labels that are flipped."""
-    sampled_pairs: Fraction = 0.5
-    """Share of the pairs whose responses are sampled from the SFT policy; the rest come from demonstrations."""
     ranked_responses: Annotated[int, Field(ge=2)] = 4
     """K of ``reward_model.loss: kwise``; ``comparisons`` counts the pairs, K(K-1)/2 for each ranking."""

@@ -182,6 +182,17 @@ class AlgoConfig(Section):
             raise ValueError(f"correction_bounds={[low, high]}: tis cuts large ratios only, the first must be 0")
 
 
+class EarlyStopConfig(Section):
+    """PPO ends when a figure of the evaluation no longer rises; the policy of the best evaluation is the result."""
+
+    metric: str | None = None
+    """``reward``, or the name of one of ``evaluation.metrics``, such as a reward model that the policy does not learn
+    from; off if not given."""
+    patience: PositiveInt = 3
+    """Evaluations in a row (``run.eval_every``) that are not above the best one before PPO ends. The evaluation before
+    the first step does not count."""
+
+
 class TrainConfig(Section):
     """PPO's updates; policy and critic share them."""
 
@@ -195,6 +206,8 @@ class TrainConfig(Section):
     """Tokens per forward and backward of one rank."""
     packing: bool = False
     """Pack samples without padding (needs attention: flash_attention_2 on GPUs); else length buckets."""
+    early_stop: EarlyStopConfig = Field(default_factory=EarlyStopConfig)
+    """When PPO ends before ``steps``."""
 
 
 class PolicyConfig(Section):

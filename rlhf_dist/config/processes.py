@@ -28,8 +28,8 @@ class RunConfig(Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_best: int = Field(0, ge=0)
-    """Checkpoints that are kept beside them because their evaluation has the highest reward; they need an evaluation
-    in the same step (``eval_every``)."""
+    """Checkpoints that are kept beside them because their evaluation has the highest reward, or the highest
+    ``train.early_stop.metric`` where that is given; they need an evaluation in the same step (``eval_every``)."""
     term_limit: NonNegative = 60
     """Seconds that a run may take after SIGTERM to finish its step and save; then it stops at once."""
     save_rollouts: bool = True

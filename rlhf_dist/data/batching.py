@@ -46,7 +46,8 @@ class Ragged(NamedTuple):
 
     @classmethod
     def of(cls, table: pa.Table, column: str) -> Ragged:
-        data = table[column].combine_chunks()
+        chunks = table[column]
+        data = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # the latter always copies
         return cls(data.values.to_numpy(zero_copy_only=True), data.offsets.to_numpy())
 
     @staticmethod
@@ -218,11 +219,12 @@ def pair_lengths(table: pa.Table, rows: np.ndarray) -> np.ndarray:
 
 
 def collate_rankings(table: pa.Table, rows: Sequence[int], pad_id: int = 0, packing: bool = False) -> Batch:
-    """Rankings: the responses of ``rows[0]``, then those of ``rows[1]`` ...; columns ``prompt`` and ``rank``, ``[N]``.
+    """Rankings: the responses of ``rows[0]``, then those of ``rows[1]`` ...; ``last`` has one element for each.
 
-    ``last`` and both columns have one element for each response.
+    Columns, with one row for each pair that was compared: ``pair``, ``[P, 2]``, the numbers of its two responses in the
+    batch; ``preference``, ``[P]``; ``prompt``, ``[P]``, which of ``rows`` it belongs to.
     """
-    prompts, ranks = Ragged.of(table, "prompt_ids"), Ragged.of(table, "ranks")
+    prompts, preferences = Ragged.of(table, "prompt_ids"), Ragged.of(table, "preferences")
     responses = table["responses"]
     sides = [[np.asarray(x, np.int32) for x in responses[r].as_py()] for r in rows]
     batch = _layout(
@@ -234,9 +236,14 @@ def collate_rankings(table: pa.Table, rows: Sequence[int], pad_id: int = 0, pack
         pad_id,
         packing,
     )
-    index = np.repeat(np.arange(len(rows)), [len(side) for side in sides])
-    batch.columns["prompt"] = torch.from_numpy(index)
-    batch.columns["rank"] = torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(ranks[r] for r in rows)]))
+    sizes = [len(side) for side in sides]
+    starts = np.cumsum([0, *sizes])[:-1]
+    pairs = [start + np.stack(np.triu_indices(k, 1), 1) for start, k in zip(starts, sizes, strict=True)]
+    flat = np.concatenate([np.empty(0, np.float32), *(preferences[r] for r in rows)])
+    compared = ~np.isnan(flat)
+    batch.columns["pair"] = torch.from_numpy(np.concatenate([np.empty((0, 2), np.int64), *pairs])[compared])
+    batch.columns["preference"] = torch.from_numpy(flat[compared])
+    batch.columns["prompt"] = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(p) for p in pairs])[compared])
     return batch
 
 

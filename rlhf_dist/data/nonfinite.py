@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rlhf_dist import schema
+
 #: Columns that say which sample a row is.
 IDS = ("prompt_id", "group_id", "sample_index")
 #: Column of a saved table: the number of each row in the table that the run read.
@@ -70,7 +72,11 @@ def row_name(table: pa.Table, row: int) -> str:
 
 def columns_not_finite(table: pa.Table, row: int) -> list[str]:
     """Columns, numbers or lists of numbers, that hold NaN or an infinity in ``row``."""
-    return [name for name in table.column_names if not _all_finite(table[name].slice(int(row), 1))]
+    return [
+        name
+        for name in table.column_names
+        if name not in schema.MAY_BE_NAN and not _all_finite(table[name].slice(int(row), 1))
+    ]
 
 
 def _all_finite(values: pa.ChunkedArray) -> bool:

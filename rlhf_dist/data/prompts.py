@@ -80,3 +80,8 @@ def minibatches(n_rows: int, batch_size: int, steps: int, seed: Sequence[int]) -
         order = rng.permutation(n_rows)
         batches += [order[i : i + batch_size] for i in range(0, n_rows - batch_size + 1, batch_size)]
     return batches[:steps]
+
+
+def some_rows(n_rows: int, limit: int, seed: int) -> np.ndarray:
+    """At most ``limit`` of ``n_rows`` row numbers: a random sample, in ascending order."""
+    return np.sort(np.random.default_rng([seed, n_rows]).permutation(n_rows)[:limit])

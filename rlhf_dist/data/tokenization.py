@@ -10,7 +10,9 @@ EOS. Prompt and response are tokenized apart, exactly as in generation.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -168,43 +170,44 @@ def tokenize_demonstrations(
     return pa.table(columns, schema=schema.DEMONSTRATION), len(rows) - len(kept)
 
 
+def _responses_to_compare(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[list[list[int]]]:
+    flat = [(row, text) for row in rows for text in row.responses]
+    ids = iter(_continuation_ids(tokenizer, [row for row, _ in flat], [text for _, text in flat]))
+    return [[next(ids) for _ in row.responses] for row in rows]
+
+
 def tokenize_comparisons(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int
 ) -> tuple[pa.Table, int]:
-    """A table of ``schema.COMPARISON`` and the number left out, whose longer side exceeds ``max_length`` in all."""
-    prompts = _prompt_ids(tokenizer, rows)
-    chosen = _continuation_ids(tokenizer, rows, [str(row.response) for row in rows])
-    rejected = _continuation_ids(tokenizer, rows, [str(row.rejected) for row in rows])
-    longest = [len(p) + max(len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
-    kept = [i for i, length in enumerate(longest) if length <= max_length]
-    columns: dict[str, list[Any]] = {
-        "prompt_ids": [prompts[i] for i in kept],
-        "chosen_ids": [chosen[i] for i in kept],
-        "rejected_ids": [rejected[i] for i in kept],
-        "margin": [rows[i].margin for i in kept],
-        "source": [rows[i].source for i in kept],
-    }
-    return pa.table(columns, schema=schema.COMPARISON), len(rows) - len(kept)
+    """A table of ``schema.COMPARISON``, one row for each pair that was compared, and the number of pairs left out,
+    whose longer side exceeds ``max_length`` in all. Chosen is what more annotators prefer, or the first of a tie."""
+    table: dict[str, list[Any]] = {field.name: [] for field in schema.COMPARISON}
+    too_long = 0
+    texts = zip(_prompt_ids(tokenizer, rows), _responses_to_compare(tokenizer, rows), strict=True)
+    for row, (prompt, responses) in zip(rows, texts, strict=True):
+        for (chosen, rejected), preference in zip(combinations(responses, 2), row.preferences, strict=True):
+            if math.isnan(preference):
+                continue
+            if len(prompt) + max(len(chosen), len(rejected)) > max_length:
+                too_long += 1
+                continue
+            sides = (chosen, rejected, preference) if preference >= 0.5 else (rejected, chosen, 1 - preference)
+            for column, value in zip(table.values(), (prompt, *sides, row.margin, row.source), strict=True):
+                column.append(value)
+    return pa.table(table, schema=schema.COMPARISON), too_long
 
 
 def tokenize_rankings(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    responses: Sequence[Sequence[str]],
-    ranks: Sequence[Sequence[float]],
-    max_length: int,
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int
 ) -> tuple[pa.Table, int]:
     """A table of ``schema.RANKING`` and the number left out, whose longest response exceeds ``max_length`` in all."""
-    prompts = _prompt_ids(tokenizer, rows)
-    flat = [(row, text) for row, texts in zip(rows, responses, strict=True) for text in texts]
-    ids = iter(_continuation_ids(tokenizer, [row for row, _ in flat], [text for _, text in flat]))
-    by_row = [[next(ids) for _ in texts] for texts in responses]
-    fits = [len(p) + max(map(len, r)) <= max_length for p, r in zip(prompts, by_row, strict=True)]
+    prompts, responses = _prompt_ids(tokenizer, rows), _responses_to_compare(tokenizer, rows)
+    fits = [len(p) + max(map(len, r)) <= max_length for p, r in zip(prompts, responses, strict=True)]
     kept = [i for i, fit in enumerate(fits) if fit]
     columns: dict[str, list[Any]] = {
         "prompt_ids": [prompts[i] for i in kept],
-        "responses": [by_row[i] for i in kept],
-        "ranks": [list(ranks[i]) for i in kept],
+        "responses": [responses[i] for i in kept],
+        "preferences": [rows[i].preferences for i in kept],
     }
     return pa.table(columns, schema=schema.RANKING), len(rows) - len(kept)
 
@@ -230,6 +233,6 @@ def training_texts(rows: Iterable[Example]) -> Iterator[str]:
     """What a tokenizer is trained on: prompts in the plain form, and responses."""
     for row in rows:
         yield row.text if row.text is not None else _plain(row.messages or [])
-        for response in (row.response, row.rejected):
+        for response in dict.fromkeys((row.response, *row.responses)):
             if response:
                 yield response if row.text is not None else " " + response.strip()

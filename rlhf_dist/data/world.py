@@ -20,7 +20,6 @@ arguments are held out does not depend on the seed.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -28,6 +27,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_dist.data import labels
 from rlhf_dist.data.world_families import FAMILIES, REFUSAL, TOOLS, Split, Task, draw_tasks, universe
 
 POLITE = ("sure !", "of course !", "happy to help !")
@@ -105,29 +105,22 @@ def make_prompts(seed: int, n: int, split: Split) -> list[dict[str, Any]]:
     return [task.row() for task in draw_tasks(random.Random(f"{seed} prompts {split}"), n, split)]
 
 
-def make_demonstrations(seed: int, n: int) -> list[dict[str, Any]]:
-    """``n`` imperfect demonstrations of training prompts: a prompt's row and its ``response``."""
-    rng = random.Random(f"{seed} demonstrations")
-    return [task.row() | {"response": _respond(rng, task)} for task in draw_tasks(rng, n, "train")]
+def make_demonstrations(seed: int, n: int, split: Split = "train") -> list[dict[str, Any]]:
+    """``n`` imperfect demonstrations: a prompt's row and its ``response``."""
+    rng = random.Random(f"{seed} demonstrations" if split == "train" else f"{seed} test demonstrations")
+    return [task.row() | {"response": _respond(rng, task)} for task in draw_tasks(rng, n, split)]
 
 
-def make_comparisons(
-    seed: int,
-    n: int,
-    label_noise: float,
-    sampled: Sequence[tuple[dict[str, Any], Sequence[str]]] | None = None,
-) -> list[dict[str, Any]]:
-    """At most ``n`` preference pairs labelled by the gold score, a share ``label_noise`` of them flipped.
+def make_comparisons(seed: int, n: int, label_noise: float) -> list[dict[str, Any]]:
+    """``n`` preference pairs of responses like the demonstrations, labelled by the gold score, a share ``label_noise``
+    of them flipped.
 
-    With ``sampled``, a list of (prompt row, responses), the pairs are drawn from these responses, as often as it
-    takes; otherwise from the distribution of the demonstrations. Ties are dropped, so fewer pairs come back where
-    ``sampled`` holds too few that differ. Rows: ``prompt``, ``chosen``, ``rejected``, ``source`` (the prompt's kind),
-    ``margin`` (0: labels carry no strength), ``family``.
+    Rows: ``prompt``, ``chosen``, ``rejected``, ``source`` (the prompt's kind), ``margin`` (0: labels carry no
+    strength), ``family``.
     """
-    rng = random.Random(f"{seed} comparisons {'demonstrations' if sampled is None else 'sampled'}")
-    draws = _demonstration_pairs(rng, n) if sampled is None else _sampled_pairs(rng, n, sampled)
+    rng = random.Random(f"{seed} comparisons demonstrations")
     rows = []
-    for row, a, b in draws:
+    for row, a, b in _demonstration_pairs(rng, n):
         chosen, rejected = (a, b) if gold(row, a) > gold(row, b) else (b, a)
         if rng.random() < label_noise:
             chosen, rejected = rejected, chosen
@@ -135,35 +128,24 @@ def make_comparisons(
     return rows
 
 
-def make_rankings(
-    seed: int,
-    n: int,
-    k: int,
-    label_noise: float,
-    sampled: Sequence[tuple[dict[str, Any], Sequence[str]]] | None = None,
-) -> list[dict[str, Any]]:
-    """At most ``n`` prompts with ``k`` different responses, ranked by the gold score (0 is best, equal scores tie).
+def make_rankings(seed: int, n: int, k: int, label_noise: float) -> list[dict[str, Any]]:
+    """At most ``n`` prompts with ``k`` different responses like the demonstrations, compared by the gold score.
 
-    In a share ``label_noise`` of them two responses change places. With ``sampled`` the responses are taken from
-    there, each prompt once, where it has ``k`` different ones; otherwise they are like the demonstrations. Rows:
-    a prompt's row with ``responses`` and ``ranks``. Rankings where all tie are dropped.
+    In a share ``label_noise`` of them two responses change places. Rows: a prompt's row with ``responses`` and
+    ``preferences`` (:mod:`rlhf_dist.data.labels`; equal scores tie); where all tie it is left out.
     """
-    rng = random.Random(f"{seed} rankings {'demonstrations' if sampled is None else 'sampled'}")
-    if sampled is None:
-        draws = [(task.row(), _different_responses(rng, task, k)) for task in draw_tasks(rng, n, "train")]
-    else:
-        draws = [(row, rng.sample(unique, k)) for row, r in sampled if len(unique := sorted(set(r))) >= k]
+    rng = random.Random(f"{seed} rankings demonstrations")
     rows = []
-    for row, responses in draws:
+    for task in draw_tasks(rng, n, "train"):
+        row, responses = task.row(), _different_responses(rng, task, k)
         scores = [gold(row, response) for response in responses]
         if len(set(scores)) == 1:
             continue
         if rng.random() < label_noise:
             i, j = rng.sample(range(k), 2)
             scores[i], scores[j] = scores[j], scores[i]
-        best_first = sorted(set(scores), reverse=True)
-        rows.append(row | {"responses": responses, "ranks": [float(best_first.index(s)) for s in scores]})
-    return rows[:n]
+        rows.append(row | {"responses": responses, "preferences": labels.by_score(scores)})
+    return rows
 
 
 def _different_responses(rng: random.Random, task: Task, k: int) -> list[str]:
@@ -195,25 +177,6 @@ def _demonstration_pairs(rng: random.Random, n: int) -> list[tuple[dict[str, Any
         draw = _answer_only_pair if rng.random() < P_ANSWER_ONLY else _differing_pair
         pairs.append((task.row(), *draw(rng, task)))
     return pairs
-
-
-def _sampled_pairs(
-    rng: random.Random, n: int, sampled: Sequence[tuple[dict[str, Any], Sequence[str]]]
-) -> list[tuple[dict[str, Any], str, str]]:
-    """Pairs of different gold score, one from each prompt in turn, no pair twice."""
-    decks = []
-    for row, responses in sampled:
-        unique = sorted(set(responses))
-        pairs = [p for p in itertools.combinations(unique, 2) if gold(row, p[0]) != gold(row, p[1])]
-        rng.shuffle(pairs)
-        if pairs:
-            decks.append((row, pairs))
-    found: list[tuple[dict[str, Any], str, str]] = []
-    while decks and len(found) < n:
-        rng.shuffle(decks)
-        found += [(row, *pairs.pop()) for row, pairs in decks[: n - len(found)]]
-        decks = [(row, pairs) for row, pairs in decks if pairs]
-    return found
 
 
 def make_test_comparisons(seed: int, n: int) -> list[dict[str, Any]]:

@@ -217,28 +217,28 @@ def _shares(parts: Metrics, count: int) -> Metrics:
 class PairwiseObjective(_Pairs):
     """Bradley-Terry loss of the reward model."""
 
-    columns = ("margin",)
+    columns = ("preference", "margin")
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         scores = module(batch).reshape(-1)[batch.last]
         if not batch.rows:  # a dummy; see PolicyModule
             zero = 0.0 * scores.sum()
             return zero, {name: zero.detach() for name in ("loss", "accuracy", "margin")}
-        per_pair, parts = pairwise_loss(scores[0::2], scores[1::2], batch.columns["margin"])
+        per_pair, parts = pairwise_loss(scores[0::2], scores[1::2], **batch.columns)
         loss = per_pair.sum() / totals.sequences
         return loss, {"loss": loss.detach(), **_shares(parts, totals.sequences)}
 
 
 class KWiseObjective:
-    """All pairs of a prompt's ranked responses, at one forward for each response."""
+    """All pairs of a prompt's responses that were compared, at one forward for each response."""
 
     def lengths(self, table: pa.Table, rows: np.ndarray) -> np.ndarray:
         return ranking_lengths(table, rows)
 
     def totals(self, table: pa.Table, rows: np.ndarray) -> Totals:
-        ranks = Ragged.of(table, "ranks")
-        # A prompt whose responses are all tied has no pair, and does not count in the mean.
-        prompts = sum(len(np.unique(ranks[row])) > 1 for row in rows)
+        preferences = Ragged.of(table, "preferences")
+        # A prompt of which no pair was compared does not count in the mean.
+        prompts = sum(not np.isnan(preferences[row]).all() for row in rows)
         return Totals(tokens=max(1, prompts), sequences=max(1, prompts))
 
     def collate(self, table: pa.Table, rows: Sequence[int], pad_id: int, packing: bool) -> Batch:
@@ -249,7 +249,7 @@ class KWiseObjective:
         if not batch.rows:  # a dummy; see PolicyModule
             zero = 0.0 * scores.sum()
             return zero, {name: zero.detach() for name in ("loss", "accuracy", "margin")}
-        loss, parts = kwise_loss(scores, batch.columns["prompt"], batch.columns["rank"], totals.sequences)
+        loss, parts = kwise_loss(scores, **batch.columns, total_prompts=totals.sequences)
         return loss, {"loss": loss.detach(), **_shares(parts, totals.sequences)}
 
 

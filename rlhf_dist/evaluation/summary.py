@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlhf_dist.data.batching import Ragged
+from rlhf_dist.evaluation.best_of_n import best_weights, kl_bound
 
 #: Samples that are kept for reading.
 SHOWN = 8
 
 
 def summarize(
-    table: pa.Table, prompts: pa.Table, tokenizer: Any, group_by: str | None, n_samples: int
+    table: pa.Table,
+    prompts: pa.Table,
+    tokenizer: Any,
+    group_by: str | None,
+    n_samples: int,
+    best_of_n: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Summarise samples whose scores are joined in.
 
@@ -27,13 +35,16 @@ def summarize(
         prompts: ``schema.PROMPT``.
         group_by: field of the source rows.
         n_samples: samples per prompt.
+        best_of_n: each at most ``n_samples``.
 
     Returns:
         ``metrics``: mean ``reward`` (the weighted sum) and of every component and figure; ``response_length_mean``,
         ``truncated_rate``, ``distinct_2``; with ``ref_logprobs`` also ``kl`` per sample and ``ref_perplexity``, of the
-        samples under the reference. ``std``; ``by_group``; ``best_of_n`` (means over the sample of each prompt that the
-        reward prefers, over the prompts whose samples all have one); ``samples``; ``unscored``: samples without a
-        reward.
+        samples under the reference. ``std`` of the samples, and ``stderr`` of the mean, of reward, components and
+        figures; ``by_group``; ``best_of_n``, for each n (as text, for JSON) what to expect of every figure in the
+        sample that the reward prefers among n of a prompt (:func:`~rlhf_dist.evaluation.best_of_n.best_weights`; over
+        the prompts whose samples all have a reward), and ``kl_bound``, its KL to this policy at most; ``samples``;
+        ``unscored``: samples without a reward.
     """
     # Nulls become NaN here.
     scores = {"reward": table["score"].to_numpy()} if "score" in table.column_names else {}
@@ -56,8 +67,9 @@ def summarize(
     result: dict[str, Any] = {
         "metrics": metrics,
         "std": {name: float(x[~np.isnan(x)].std()) for name, x in scores.items() if name in metrics},
+        "stderr": {name: _stderr(x, n_samples) for name, x in scores.items() if name in metrics},
         "by_group": {},
-        "best_of_n": {},
+        "best_of_n": _best_of_n(scores, n_samples, best_of_n) if "reward" in scores else {},
         "samples": _samples(table, prompts, tokenizer, scores, n_samples),
         "unscored": int(np.isnan(scores["reward"]).sum()) if "reward" in scores else 0,
     }
@@ -65,12 +77,32 @@ def summarize(
         groups = np.array([str(f.get(group_by, "")) for f in fields])
         for group in sorted(set(groups)):
             result["by_group"][group] = _means({name: x[groups == group] for name, x in scores.items()})
-    if n_samples > 1 and "reward" in scores:
-        rewards = scores["reward"].reshape(-1, n_samples)
-        complete = np.flatnonzero(~np.isnan(rewards).any(1))
-        pick = complete * n_samples + rewards[complete].argmax(1)
-        result["best_of_n"] = _means({name: x[pick] for name, x in scores.items()})
     return result
+
+
+def _best_of_n(scores: dict[str, np.ndarray], n_samples: int, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    by_prompt = {name: x.reshape(-1, n_samples) for name, x in scores.items()}
+    complete = ~np.isnan(by_prompt["reward"]).any(1)
+    if not complete.any():
+        return {}
+    found = {}
+    for n in sizes:
+        weights = best_weights(by_prompt["reward"][complete], n)
+        means = {name: float((weights * x[complete]).sum(1).mean()) for name, x in by_prompt.items()}
+        found[str(n)] = means | {"kl_bound": kl_bound(n)}
+    return found
+
+
+def _stderr(x: np.ndarray, n_samples: int) -> float:
+    """Standard error of the mean of the samples that have a score; infinite where they are all of one prompt.
+
+    The samples of a prompt are alike, so prompts are what is counted as independent (cluster-robust).
+    """
+    prompts = int((~np.isnan(x)).reshape(-1, n_samples).any(1).sum())
+    if prompts < 2:
+        return math.inf
+    deviations = np.nansum((x - np.nanmean(x)).reshape(-1, n_samples), axis=1)
+    return float(np.sqrt(prompts / (prompts - 1) * (deviations**2).sum()) / (~np.isnan(x)).sum())
 
 
 def _means(scores: dict[str, np.ndarray]) -> dict[str, float]:

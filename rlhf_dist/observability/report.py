@@ -2,8 +2,10 @@
 
 Read from the run folder, each part left out where its file is not there:
 
-* ``summary.json``   tiles and the table of all figures; ``eval.STAGE.by_group.GROUP.METRIC`` makes the table by group
-* ``metrics.jsonl``  curves of every stage (:mod:`rlhf_dist.observability.metrics`)
+* ``summary.json``   tiles and the table of all figures; ``eval.STAGE.by_group.GROUP.METRIC`` makes the table by group,
+                     ``STAGE.calibration`` the plot of a reward model
+  ``overoptimization.NAME.turn`` marks where a figure turned
+* ``metrics.jsonl``  curves of every stage (:mod:`rlhf_dist.observability.metrics`); of evaluations also over √KL
 * ``samples.json``   ``[{"prompt", "before", "after", "score_before", "score_after"}, ...]``, side by side
 * ``config.yaml``    shown as it is
 """
@@ -16,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.observability.charts import chart
+from rlhf_dist.observability.charts import calibration_chart, chart
 from rlhf_dist.observability.files import write_atomically
 from rlhf_dist.observability.formats import duration, human, printable
 from rlhf_dist.observability.metrics import RESERVED, read_metrics
@@ -27,7 +29,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Reward", "", ("rollout/reward_mean", "rollout/score_mean")),
     ("Gold score", "", ("eval/gold_score", "eval/gold_score_greedy")),
     ("KL to the reference", "nats", ("train/kl", "rollout/kl")),
-    ("Loss", "", ("train/loss",)),
+    ("Loss", "", ("train/loss", "eval/loss")),
     ("Policy loss", "", ("train/policy_loss",)),
     ("Value loss", "", ("train/value_loss",)),
     ("Accuracy", "", ("train/accuracy", "eval/accuracy")),
@@ -74,8 +76,10 @@ margin-top:10px;border-top:1px solid var(--line);padding-top:10px}
 summary{cursor:pointer;color:var(--dim);margin:14px 0 8px}.error{border-color:var(--bad);margin-top:16px}
 figure{margin:0}figcaption{font-weight:600;font-size:14px}svg{display:block;width:100%;height:auto;margin-top:6px}
 svg text{fill:var(--dim);font-size:11px}.g{stroke:var(--line);stroke-width:1}
-.l{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.raw{stroke-width:1;opacity:.35}
+.m{stroke:var(--dim);stroke-dasharray:4 3}.l{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
+.raw{stroke-width:1;opacity:.35}
 .h{fill:transparent;stroke:none}.h:hover{fill:var(--dim)}
+.b{stroke:var(--s0);stroke-width:8;opacity:.2}.p{fill:var(--s0)}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--dim);margin-top:6px}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
 """
@@ -95,8 +99,9 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         _head(run_dir.resolve().name, summary),
         _by_group(summary.get("eval", {})),
+        _calibration(summary),
         _samples(_read_json(run_dir / "samples.json", [])),
-        *_stages(read_metrics(run_dir / "metrics.jsonl")),
+        *_stages(read_metrics(run_dir / "metrics.jsonl"), summary.get("overoptimization", {})),
         _all_figures(summary),
         _details("Configuration", f"<pre>{escape(config.read_text('utf-8'))}</pre>" if config.exists() else ""),
     ]
@@ -167,6 +172,18 @@ def _by_group(evaluations: Any) -> str:
     return f'<h2>By group</h2><div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def _calibration(summary: Mapping[str, Any]) -> str:
+    """Of every reward model that was judged."""
+    figures = []
+    for stage, judged in summary.items():
+        if isinstance(judged, dict) and (curve := judged.get("calibration")):
+            note = f"{stage}: expected calibration error {human(judged['calibration_error'])}, {judged['pairs']} pairs"
+            title = "Predicted and observed win probability"
+            figures.append(calibration_chart(title, note, curve["predicted"], curve["observed"], curve["sides"]))
+    grid = f'<div class="grid">{"".join(figures)}</div>'
+    return f"<h2>Reward models on held-out pairs</h2>{grid}" if figures else ""
+
+
 def _samples(samples: list[dict[str, Any]]) -> str:
     cards = []
     for sample in samples:
@@ -186,13 +203,13 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     return f"<h2>Samples before and after</h2>{''.join(cards)}" if cards else ""
 
 
-def _stages(records: list[dict[str, Any]]) -> Iterator[str]:
+def _stages(records: list[dict[str, Any]], overoptimization: Mapping[str, Any]) -> Iterator[str]:
     stages: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         stages.setdefault(str(record["stage"]), []).append(record)
     for stage, rows in stages.items():
         names = dict.fromkeys(name for row in rows for name in row if name not in RESERVED)
-        main = []
+        main = [_against_kl(rows, overoptimization)]
         for title, unit, wanted in CHARTS:
             members = [n for n in names if any(n == w or (w.endswith("/") and n.startswith(w)) for w in wanted)]
             for name in members:
@@ -201,6 +218,27 @@ def _stages(records: list[dict[str, Any]]) -> Iterator[str]:
         rest = "".join(chart(name, "", {name: _series(rows, name)}) for name in names)
         yield f'<h2>{escape(stage)}</h2><div class="grid">{"".join(main)}</div>'
         yield _details(f"More figures of {stage}", f'<div class="grid">{rest}</div>' if rest else "")
+
+
+def _against_kl(rows: list[dict[str, Any]], overoptimization: Mapping[str, Any]) -> str:
+    """Proxy and gold of three evaluations or more against √KL, each as its change since the first one, in standard
+    deviations of the samples then; marked is where a figure other than the proxy turned."""
+    rows = sorted((r for r in rows if isinstance(r.get("eval/sqrt_kl"), int | float)), key=lambda r: r["step"])
+    if len(rows) < 3:
+        return ""
+    series: dict[str, list[tuple[float, float | None]]] = {}
+    turns: dict[str, float] = {}
+    for name in (key.removesuffix("_std") for key in rows[0] if key.endswith("_std")):
+        start, scale = rows[0][name], rows[0][f"{name}_std"]
+        if not scale:  # all samples had the same
+            continue
+        label = name.removeprefix("eval/")
+        shown = [(r["eval/sqrt_kl"], r.get(name)) for r in rows]
+        series[label] = [(x, None if y is None else (y - start) / scale) for x, y in shown]
+        turn = overoptimization.get(label, {}).get("turn")
+        if turn and label != "reward":
+            turns[f"{label} turns"] = turn["sqrt_kl"]
+    return chart("Over-optimisation", "change, in standard deviations at the start", series, "√KL", turns)
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> list[tuple[float, float | None]]:

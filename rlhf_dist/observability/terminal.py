@@ -208,7 +208,9 @@ class Terminal:
                 self._line(f"{printable(name)}: ready after {duration(time.monotonic() - starting.began)}")
 
         starting = Starting(groups, changed)
-        self._line("starting " + ", ".join(f"{printable(g)} x{n}" for g, n in groups.items()))
+        self._line(
+            "starting " + ", ".join(f"{printable(g)} x{n}" if n > 1 else printable(g) for g, n in groups.items())
+        )
         try:
             yield starting
         except BaseException as error:

@@ -10,7 +10,7 @@ Source: Rafailov et al., 2305.18290; IPO: Azar et al., 2310.12036.
 
 from __future__ import annotations
 
-from ray import ObjectRef
+from collections.abc import Sequence
 
 from rlhf_dist.actors.data import load_table
 from rlhf_dist.recipes import supervised
@@ -18,23 +18,24 @@ from rlhf_dist.recipes.evaluate import compare
 from rlhf_dist.run import Run
 
 
-def dpo(run: Run, model_path: str, sampled: ObjectRef | None = None) -> str:
-    """Train from ``model_path``, compare before and after; returns the result's folder, ``dpo/`` in the run folder.
+def dpo(run: Run, model_path: str, compared: Sequence[str] = ()) -> str:
+    """Train from ``model_path``, compare before and after; returns the result's folder.
 
     Args:
-        sampled: rollouts of the policy, of which the embedded world makes a part of its pairs.
+        compared: folders of comparisons that are learnt beside those of the data.
     """
     cfg = run.cfg.dpo
-    table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", cfg.max_length, sampled)
+    table, report = load_table("comparisons", run.cfg, run.tokenizer_dir, "train", cfg.max_length, compared)
     run.note_rows("comparisons", report)
-    rows = report["rows"]
-    learner = supervised.learner(run, "dpo", model_path, cfg, rows, head="policy", objective="dpo")
-    table = learner.pair_logprobs(table)
-    last = supervised.train(run, "dpo", learner, table, cfg, rows, show="accuracy")
-    run.summary.set("dpo.loss", last["loss"])
-    run.summary.set("dpo.comparisons", rows)
-    learner.export(run.path("dpo"), run.tokenizer_dir)
+    test, test_report = load_table("comparisons", run.cfg, run.tokenizer_dir, "test", cfg.max_length)
+    run.note_rows("held-out comparisons", test_report)
+    rows, test_rows = report["rows"], test_report["rows"]
+    learner = supervised.learner(run, "dpo", model_path, cfg, rows, test_rows, head="policy", objective="dpo")
+    table, test = learner.pair_logprobs(table), learner.pair_logprobs(test)
+    supervised.train(run, learner, table, cfg, rows, show="accuracy", test=(test, test_rows))
+    run.summary.set(f"{run.stage.label}.comparisons", rows)
+    learner.export(run.result, run.tokenizer_dir)
     run.collect_spans()
     run.finish_stage()
-    compare(run, {"sft": model_path, "dpo": run.path("dpo")})
-    return run.path("dpo")
+    compare(run, {"sft": model_path, run.stage.label: run.result})
+    return run.result

@@ -166,19 +166,31 @@ def reward(run: Run, reward_model_path: str | None) -> ScorerGroup | ShardedRewa
     return _scorers(run, "reward", components, r)
 
 
-def evaluation_metrics(run: Run) -> ScorerGroup | None:
-    """The evaluation's own figures, as functions."""
-    metrics = run.cfg.evaluation.metrics
-    if not metrics:
-        return None
-    components = [RewardComponent(name=m.name, function=m.function, timeout=m.timeout) for m in metrics]
-    return _scorers(run, "metrics", components, ReplicaConfig(cpus=0))
+def evaluation_metrics(run: Run, reward_model_path: str | None) -> ScorerGroup | None:
+    """The evaluation's own figures; ``model: trained`` is ``reward_model_path``, and is left out without one."""
+    e = run.cfg.evaluation
+    components = [
+        RewardComponent(
+            name=m.name,
+            model=reward_model_path if m.model == "trained" else _model(run, m.model),
+            function=m.function,
+            timeout=m.timeout,
+        )
+        for m in e.metrics
+        if m.model != "trained" or reward_model_path is not None
+    ]
+    return _scorers(run, "metrics", components, ReplicaConfig(cpus=e.cpus, gpus=e.gpus)) if components else None
+
+
+def _model(run: Run, name: str | None) -> str | None:
+    """The folder of the stage's result that ``name`` says, or ``name`` itself."""
+    return str(run.results[name]) if name in run.results else name
 
 
 def experience(run: Run) -> ExperienceGroup:
     """The process that joins a batch."""
     cfg = run.cfg
-    folder = run.path("rollouts") if cfg.run.save_rollouts else None
+    folder = run.beside("rollouts") if cfg.run.save_rollouts else None
     return ExperienceGroup(
         cfg.algo,
         cfg.reward,

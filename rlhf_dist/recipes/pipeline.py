@@ -1,72 +1,64 @@
-"""Several stages in order, each from the result of the one before: by default SFT, reward model, PPO.
+"""Stages in order, each from the results of those before: by default SFT, comparisons, reward model, PPO.
 
     python -m rlhf_dist.main
     python -m rlhf_dist.main pipeline.stages=[sft,dpo]
+    python -m rlhf_dist.main pipeline.stages=[sft] pipeline.round=[compare,reward_model,ppo] pipeline.rounds=3
 
-A run that is gone on with makes no stage again that is complete.
+A recipe alone is a pipeline of one stage. No stage is made again whose result is there, from the same inputs.
 
-Source: Ouyang et al., 2203.02155.
+Source: Ouyang et al., 2203.02155; rounds: Bai et al., 2204.05862, section 4.5.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
-from ray import ObjectRef
-
-from rlhf_dist.actors.data import concatenate, load_table
-from rlhf_dist.recipes import groups
+from rlhf_dist.config import Stage
+from rlhf_dist.recipes.compare import collect_comparisons
 from rlhf_dist.recipes.distill import distill
 from rlhf_dist.recipes.dpo import dpo
-from rlhf_dist.recipes.evaluate import FIRST_GROUP
+from rlhf_dist.recipes.evaluate import evaluate
+from rlhf_dist.recipes.evaluate_reward import evaluate_reward
 from rlhf_dist.recipes.ppo import ppo
 from rlhf_dist.recipes.reward_model import reward_model
 from rlhf_dist.recipes.sft import sft
 from rlhf_dist.run import Run
 
-#: Responses sampled for each prompt from which the embedded world makes pairs.
-SAMPLES_PER_PROMPT = 4
 
-
-def pipeline(run: Run) -> str:
-    """Returns the folder of the last stage's result."""
-    policy, reward = run.model_path, None
+def pipeline(run: Run) -> None:
+    """Make every stage of the config; the results are in the run folder."""
     for stage in run.cfg.stages:
-        match stage:
-            case "sft":
-                policy = run.once("sft", partial(sft, run, policy))
-            case "distill":
-                policy = run.once("distill", partial(distill, run, policy))
-            case "reward_model":
-                reward = run.once("reward_model", partial(on_comparisons, reward_model, run, policy))
-            case "dpo":
-                policy = run.once("dpo", partial(on_comparisons, dpo, run, policy))
-            case "ppo":
-                policy = run.once("policy", partial(ppo, run, policy, reward))
-    return policy if run.cfg.stages[-1] != "reward_model" or reward is None else reward
+        with run.at(stage):
+            match stage.recipe:
+                case "evaluate":  # figures, and no result that another stage could read
+                    evaluate(run, path_of(run, stage.start))
+                case "evaluate_reward":
+                    evaluate_reward(run, path_of(run, stage.start))
+                case _:
+                    run.results[stage.name] = run.once(partial(make, run, stage))
 
 
-def on_comparisons(recipe: Callable[[Run, str, ObjectRef | None], str], run: Run, policy_path: str) -> str:
-    """A stage that learns from comparisons, of which the embedded world makes a part from samples of the policy."""
-    sampled = sample_for_comparisons(run, policy_path) if run.cfg.samples_comparisons else None
-    return recipe(run, policy_path, sampled)
+def make(run: Run, stage: Stage) -> str:
+    """Run the recipe of a stage; returns the folder of its result."""
+    start = path_of(run, stage.start)
+    compared = [path_of(run, name) for name in stage.comparisons]
+    match stage.recipe:
+        case "sft":
+            return sft(run, start)
+        case "distill":
+            return distill(run, start)
+        case "compare":
+            return collect_comparisons(run, start)
+        case "reward_model":
+            return reward_model(run, start, compared)
+        case "dpo":
+            return dpo(run, start, compared)
+        case "ppo":
+            reward = path_of(run, stage.reward) if stage.reward else None
+            return ppo(run, start, reward, path_of(run, stage.reference))
+    raise AssertionError(stage.recipe)
 
 
-@cache  # one sampling for all stages with the same policy
-def sample_for_comparisons(run: Run, policy_path: str) -> ObjectRef:
-    """Responses of the SFT policy to training prompts; ``schema.ROLLOUT``."""
-    world = run.cfg.data.world
-    generators = groups.generators(run, policy_path, from_learner=False)
-    run.start(generator=generators)
-    prompts, report = load_table("prompts", run.cfg, run.tokenizer_dir, "train")
-    wanted = round(world.comparisons * world.sampled_pairs)
-    ids = [(2 * FIRST_GROUP + i, i) for i in range(min(wanted, report["rows"]))]
-    with run.terminal.stage("sampling comparisons", len(ids)) as bar:
-        started = time.monotonic()
-        rollouts = generators.generate(prompts, ids, SAMPLES_PER_PROMPT).wait(run.cfg.run.wait_limit)
-        seconds = time.monotonic() - started
-        bar.update(len(ids), {"samples": rollouts.samples, "tokens/s": rollouts.response_tokens / seconds})
-    run.finish_stage()
-    return concatenate([part.chunk.table for part in rollouts.slices])
+def path_of(run: Run, stage: str | None) -> str:
+    """The folder of a stage's result; None: the model that the run starts from."""
+    return run.model_path if stage is None else str(run.results[stage])

@@ -32,10 +32,11 @@ from rlhf_dist.actors.stream import RolloutStream
 from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, wait_for
 from rlhf_dist.algorithms.kl import kl_controller
 from rlhf_dist.data.experience import ScoreScale
-from rlhf_dist.data.prompts import PromptOrder, minibatches
+from rlhf_dist.data.prompts import minibatches
 from rlhf_dist.data.trained import TrainedLedger, TrainedStep
 from rlhf_dist.recipes import groups
 from rlhf_dist.recipes.evaluate import Evaluator, show
+from rlhf_dist.recipes.history import History
 from rlhf_dist.recipes.progress import StepClock, log_given_up, log_syncs, shown
 from rlhf_dist.recipes.saving import Saver, TrainState
 from rlhf_dist.run import Run
@@ -56,16 +57,19 @@ class Workers:
     pretrain: PretrainText | None
 
 
-def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
-    """Train the policy in ``model_path``; returns the folder of the result, ``policy/`` in the run folder.
+def ppo(run: Run, model_path: str, reward_model_path: str | None = None, reference_path: str | None = None) -> str:
+    """Train the policy in ``model_path``; returns the folder of the result.
 
-    Goes on from the newest checkpoint of the run, if there is one; also when a learner dies on the way.
+    Goes on from the newest checkpoint of the stage, if there is one; also when a learner dies on the way.
+
+    Args:
+        reference_path: the policy to stay near to; default: ``model_path``.
     """
     saver = Saver(run)
     saved = saver.newest()
     critic_path = run.cfg.critic.path or reward_model_path or model_path
     policy, critic = groups.policy_and_critic(run, model_path, critic_path, saved)
-    workers = start_workers(run, model_path, reward_model_path, policy, critic)
+    workers = start_workers(run, model_path, reward_model_path, reference_path or model_path, policy, critic)
     while True:
         try:
             train(run, saver, TrainState.of(saved), workers, policy, critic)
@@ -78,19 +82,24 @@ def ppo(run: Run, model_path: str, reward_model_path: str | None = None) -> str:
             run.start(policy=policy, critic=critic)
         else:
             run.finish_stage()
-            return run.path("policy")
+            return run.result
 
 
 def start_workers(
-    run: Run, model_path: str, reward_model_path: str | None, policy: LearnerGroup, critic: LearnerGroup | None
+    run: Run,
+    model_path: str,
+    reward_model_path: str | None,
+    reference_path: str,
+    policy: LearnerGroup,
+    critic: LearnerGroup | None,
 ) -> Workers:
     """Everybody else; returns when they and the learners, which load side by side, are up."""
     cfg = run.cfg
     generators = groups.generators(run, model_path, from_learner=True)
     reward = groups.reward(run, reward_model_path)
-    reference = groups.reference(run, model_path) if cfg.uses_reference else None
+    reference = groups.reference(run, reference_path) if cfg.uses_reference else None
     experience = groups.experience(run)
-    metrics = groups.evaluation_metrics(run)
+    metrics = groups.evaluation_metrics(run, reward_model_path)
     pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
     run.start(
         generator=generators,
@@ -114,14 +123,15 @@ def train(
     Raises:
         WorkerDied: what died took a part of the training with it, which has to go on from a checkpoint.
     """
-    cfg = run.cfg
+    cfg, label = run.cfg, run.stage.label
+    first = "sft" if label == "ppo" else f"{label} start"
     generators, reward, reference = workers.generators, workers.reward, workers.reference
     experience, pretrain = workers.experience, workers.pretrain
-    ledger = TrainedLedger(run.path("ledger.jsonl"))
+    ledger = TrainedLedger(run.beside("ledger.jsonl"))
     stream = RolloutStream(
         generators,
         workers.prompts,
-        PromptOrder(workers.prompt_rows, cfg.seed, cfg.data.shuffle),
+        run.prompt_order(workers.prompt_rows),
         batch_size=cfg.rollout.batch_size,
         n_samples_per_prompt=cfg.rollout.n_samples_per_prompt,
         steps=cfg.train.steps - state.step,
@@ -135,12 +145,15 @@ def train(
     log_syncs(run, stream.publish(policy.weights(stream.version)))
     run.faults.works_again()
     evaluate = Evaluator(run, generators, experience, reward, reference, workers.metrics)
-    before = state.before or evaluate("sft", step=0)
+    before = state.before or evaluate(first, step=0)
+    history = History(run, before, state.history)
     scale = initial_scale(before) if cfg.reward.normalize else ScoreScale()
     kl_control = kl_controller(cfg.algo.kl_coef, cfg.algo.kl_target, cfg.algo.kl_horizon, state.kl_control)
 
-    with run.saving(), run.terminal.stage("ppo", cfg.train.steps) as bar:
+    with run.saving(), run.terminal.stage(label, cfg.train.steps) as bar:
         for step in run.steps(done=state.step):
+            if history.ended:
+                break
             clock = StepClock(run.trace)
             rollouts = stream.next_batch()
             old = policy.logprobs(rollouts) if cfg.algo.old_logprobs == "learner" else None
@@ -162,7 +175,7 @@ def train(
                 stats |= policy.update(batch, rows, pretrain.minibatches(step) if pretrain else None)
             if critic:
                 stats |= critic.update(batch, rows)
-            with run.keeping_failed_batch("ppo", [policy, critic], step):
+            with run.keeping_failed_batch(label, [policy, critic], step):
                 figures |= stats.result()
             ledger.trained(TrainedStep(step, stream.version + 1, stream.trained(rollouts)))
             clock.lap("update")
@@ -170,18 +183,19 @@ def train(
             figures |= log_syncs(run, stream.publish(policy.weights(stream.version + 1)))
             clock.lap("push_weights")
 
-            run.log("ppo", step, figures | replaced | clock.figures(rollouts) | saver.figures())
+            run.log(label, step, figures | replaced | clock.figures(rollouts) | saver.figures())
             bar.update(step, shown(figures, rollouts, clock))
             due = cfg.run.eval_every and step % cfg.run.eval_every == 0 and step < cfg.train.steps
-            score = evaluate("ppo", step)["metrics"]["reward"] if due else None
-            state = TrainState(step, stream.state_dict(), kl_control.state_dict(), before)
-            saver.save_if_due(state, [policy, critic] if critic else [policy], score)
+            score = history.add(step, evaluate(label, step)) if due else None
+            state = TrainState(step, stream.state_dict(), kl_control.state_dict(), before, history.state_dict())
+            saver.save_if_due(state, [policy, critic] if critic else [policy], score, keep=history.best_step == step)
 
     log_syncs(run, generators.wait_published(stream.version))
-    after = evaluate("ppo", step=cfg.train.steps)
-    show(run, {"sft": before, "ppo": after})
-    policy.export(run.path("policy"), run.tokenizer_dir)
+    if not history.ended:
+        history.add(cfg.train.steps, evaluate(label, step=cfg.train.steps))
     saver.wait()
+    after = history.export(policy, saver, ledger, evaluate)
+    show(run, {first: before, label: after})
     experience.flush()
     run.collect_spans()
 

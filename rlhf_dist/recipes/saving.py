@@ -32,6 +32,8 @@ class TrainState:
     kl_control: dict[str, float] | None = None
     before: dict[str, Any] = field(default_factory=dict)
     """The evaluation before the first step."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """:meth:`~rlhf_dist.recipes.history.History.state_dict`."""
 
     @classmethod
     def of(cls, saved: Checkpoint | None) -> TrainState:
@@ -47,7 +49,8 @@ class Saver:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.root = run.cfg.run.checkpoint_dir or run.path("checkpoints")
+        elsewhere = run.cfg.run.checkpoint_dir
+        self.root = f"{elsewhere}/{run.stage.parent}".removesuffix("/.") if elsewhere else run.beside("checkpoints")
         self._thread: threading.Thread | None = None
         self._figures: dict[str, float] = {}
 
@@ -60,15 +63,21 @@ class Saver:
             self.run.terminal.info(f"going on after step {found.manifest['step']}, from {found.folder}")
         return found
 
-    def save_if_due(self, state: TrainState, learners: list[LearnerGroup], score: float | None = None) -> None:
+    def save_if_due(
+        self, state: TrainState, learners: list[LearnerGroup], score: float | None = None, keep: bool = False
+    ) -> None:
         """Save every ``run.checkpoint_every`` steps, and when the run was told to stop.
+
+        Args:
+            score: of an evaluation after this step; the checkpoints with the highest are kept.
+            keep: save in any case.
 
         Raises:
             Interrupted: the run was told to stop, and has saved.
         """
         every = self.run.cfg.run.checkpoint_every
         stop = self.run.stop_requested
-        if every and (state.step % every == 0 or stop):
+        if every and (state.step % every == 0 or stop or keep):
             self.save(state, learners, score)
         if stop:
             self.run.steps_done = state.step
@@ -79,7 +88,7 @@ class Saver:
         """Begin to save; the learners go on when they have copied their state to memory."""
         self.wait()
         self.run.write_summary()
-        folder = f"{self.root}/step_{state.step:06d}"
+        folder = self.folder(state.step)
         saves = [learner.save(folder, self.run.tokenizer_dir) for learner in learners]
         sharded = {g.role: {"ranks": g.spec.learner.ranks, "zero_stage": g.spec.learner.zero_stage} for g in learners}
         about = {"step": state.step, "score": score, "learners": sharded, "state": asdict(state)}
@@ -87,6 +96,10 @@ class Saver:
         arguments = (folder, about, copied, written)
         self._thread = threading.Thread(target=self._finish, args=arguments, name="saver", daemon=True)
         self._thread.start()
+
+    def folder(self, step: int) -> str:
+        """Of the checkpoint after ``step``; any URL."""
+        return f"{self.root}/step_{step:06d}"
 
     def wait(self) -> None:
         """Block until the checkpoint that is being written is complete, or has failed."""
@@ -106,7 +119,9 @@ class Saver:
             seconds = wait_for(copied, f"the learners, copying their state for {folder}")
             files = checkpoint.merged(wait_for(written, f"the learners, writing {folder}"))
             checkpoint.seal(folder, about, files)
-            checkpoint.prune(self.root, self.run.cfg.run.keep_last, self.run.cfg.run.keep_best)
+            cfg = self.run.cfg
+            best = max(cfg.run.keep_best, int(cfg.train.early_stop.metric is not None))
+            checkpoint.prune(self.root, cfg.run.keep_last, best)
         except Exception as error:  # noqa: BLE001  (a checkpoint that fails must not end the run: the one before stays)
             self.run.terminal.warn(f"checkpoint of step {about['step']} was not written: {explained(error, folder)}")
             with contextlib.suppress(OSError):  # without a manifest it does not count, removed or not

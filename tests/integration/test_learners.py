@@ -13,20 +13,22 @@ import pytest
 import ray
 import torch
 from learners import ALGO, BUDGET, OPTIM, SECONDS, running, save_models, spec_of, table_of
+from tiny import rollouts
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlhf_dist import schema
 from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
-from rlhf_dist.actors.scorer import Reference, ReferenceGroup
+from rlhf_dist.actors.scorer import Reference, ReferenceGroup, Scorer
 from rlhf_dist.actors.transport import PulledWeights
 from rlhf_dist.adapters import merged
-from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig
-from rlhf_dist.data.batching import collate, micro_batches, sequence_lengths
+from rlhf_dist.config import LearnerConfig, LoRAConfig, ModelConfig, RewardComponent
+from rlhf_dist.data.batching import collate, collate_pairs, micro_batches, sequence_lengths
 from rlhf_dist.data.experience import join
-from rlhf_dist.engines.objectives import PolicyObjective
-from rlhf_dist.models import PolicyModule, load_policy
+from rlhf_dist.engines.objectives import PairwiseObjective, PolicyObjective, SFTObjective
+from rlhf_dist.models import PolicyModule, ScalarModule, load_policy, load_scalar
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -138,6 +140,35 @@ def test_adapters_alone_are_trained_and_sent(folders: Path, tmp_path: Path) -> N
         assert moved == {n for n in initial if "_proj" in n}, "the linear layers, and nothing else"
 
 
+@pytest.mark.parametrize(("objective", "ranks", "stage"), [("sft", 1, 2), ("sft", 2, 3), ("pairwise", 2, 1)])
+def test_evaluating_says_what_torch_says_and_going_back_undoes_steps(
+    objective: str, ranks: int, stage: int, folders: Path, tmp_path: Path
+) -> None:
+    table = table_of(objective)
+    everything, some = np.arange(table.num_rows), np.arange(0, table.num_rows, 2)
+    module, loss = (
+        (PolicyModule(load_policy(str(folders / "policy"), "float32", "sdpa"), 0.8), SFTObjective())
+        if objective == "sft"
+        else (ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa")), PairwiseObjective())
+    )
+    with torch.no_grad():
+        _, expected = loss.loss(module, loss.collate(table, some.tolist(), 0, False), loss.totals(table, some))
+    ref = ray.put(table)
+    with running(spec_of(folders, objective, ranks, stage)) as group:
+        before = group.evaluate(ref, some)
+        assert before == pytest.approx({name: float(x) for name, x in expected.items()}, abs=1e-5)
+        group.update(ref, [everything]).steps()
+        after = group.evaluate(ref, some)
+        assert after["loss"] < before["loss"]
+        group.keep(str(tmp_path))
+        second = group.update(ref, [everything, everything[::-2]]).steps()
+        assert group.evaluate(ref, some) != after
+        group.go_back(str(tmp_path))
+        assert group.evaluate(ref, some) == after
+        for ours, theirs in zip(group.update(ref, [everything, everything[::-2]]).steps(), second, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6), "the optimizer went back too"
+
+
 def test_the_micro_batches_of_these_tests_are_unequal_in_number() -> None:
     """Else nothing here would exercise the dummies."""
     table = table_of("policy")
@@ -189,6 +220,44 @@ def test_a_sharded_reference_gives_what_a_replica_gives(folders: Path) -> None:
     expected *= np.repeat(trained, [len(x) for x in table["response_ids"].to_pylist()])  # the others need no forward
     for found in (one, two):
         np.testing.assert_allclose(np.concatenate(found["ref_logprobs"].to_pylist()), expected, atol=1e-5)
+
+
+def test_centered_scores_have_mean_zero_wherever_the_folder_is_loaded(folders: Path, tmp_path: Path) -> None:
+    """Two ranks with ZeRO-3 center and export; a scorer and a sharded reward model load what they wrote."""
+    chunk = rollouts([(3, 9), (2, 4), (5, 6), (1, 2), (4, 1)])
+    reference = ray.put(chunk.select(["prompt_ids", "response_ids"]))
+    module = ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa"))
+    with torch.no_grad():
+        expected = module.scores(collate(chunk, range(5))).numpy()
+    assert abs(expected.mean()) > 0.01
+    with running(spec_of(folders, "pairwise", 2, 3)) as group:
+        assert group.center(reference) == pytest.approx(expected.mean(), abs=1e-5)
+        assert group.center(reference) == pytest.approx(0, abs=1e-6)
+        group.export(str(tmp_path), str(folders / "tokenizer"))
+    components = [RewardComponent(name="r", model=str(tmp_path))]
+    scorer = Scorer.__ray_metadata__.modified_class(
+        "reward", components, ModelConfig(path="-"), str(folders / "tokenizer"), BUDGET, 0
+    )
+    prompts = pa.table({"prompt_id": range(5), "prompt_ids": [[1]] * 5, "prompt": ["p"] * 5, "fields": ["{}"] * 5})
+    found = scorer.score(chunk, prompts.cast(schema.PROMPT), True)[0]
+    np.testing.assert_allclose(found["score"].to_numpy(), expected - expected.mean(), atol=1e-5)
+    frozen = replace(spec_of(folders, None, 2, 3), head="scalar", model_path=str(tmp_path))
+    with running(frozen) as group:
+        sharded = join(chunk, ray.get(group.scores(one_chunk(chunk), "score/r").parts[0]), "reward")
+    np.testing.assert_allclose(sharded["score"].to_numpy(), expected - expected.mean(), atol=1e-5)
+
+
+def test_outcomes_of_pairs_come_in_order_from_all_ranks(folders: Path) -> None:
+    table = table_of("pairwise")
+    module = ScalarModule(load_scalar(str(folders / "scalar"), "float32", "sdpa"))
+    with torch.no_grad():
+        scores = module.scores(collate_pairs(table, range(5))).numpy()
+    with running(spec_of(folders, "pairwise", 2, 2)) as group:
+        found = group.pair_outcomes(ray.put(table))
+    assert found["row"].to_pylist() == list(range(5))
+    np.testing.assert_allclose(found["difference"].to_numpy(), scores[0::2] - scores[1::2], atol=1e-5)
+    assert found["longer"].to_pylist() == [2, -2, 4, 0, -4]
+    assert found["preference"].to_pylist() == table["preference"].to_pylist()
 
 
 def test_bfloat16_learns(folders: Path) -> None:

@@ -23,7 +23,8 @@ from rlhf_dist.checkpoint import complete, verify
 
 PIPELINE = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 640, comparisons: 320, prompts: 96, test_prompts: 32, sampled_pairs: 0.25}",
+    "data.world={demonstrations: 640, comparisons: 240, prompts: 96, test_prompts: 32}",
+    "compare.pairs=80",
     "sft={epochs: 1, learner: {ranks: 1}}",
     "reward_model={epochs: 1, learner: {ranks: 1}}",
     "rollout.batch_size=32",
@@ -31,6 +32,7 @@ PIPELINE = [
     "train={steps: 3, batch_size: 16, epochs: 2}",
     "critic.warmup_steps=1",
     "evaluation={prompts: 16, n_samples_per_prompt: 2}",
+    "evaluation.metrics=[{function: 'rlhf_dist.data.world:gold_score'}, {name: reward_again, model: trained}]",
     "run={checkpoint_every: 1, keep_last: 2, eval_every: 2}",
     "cluster={local_cpus: 2, object_store_mb: 100}",
 ]
@@ -60,6 +62,7 @@ def assert_summary(summary: dict[str, Any]) -> None:
     assert 0 <= summary["reward_model"]["accuracy"] <= 1
     for stage in ("sft", "ppo"):
         assert 0 <= summary["eval"][stage]["gold_score"] <= 1
+        assert summary["eval"][stage]["reward_again"] == pytest.approx(summary["eval"][stage]["reward"], abs=1e-5)
         assert abs(summary["eval"][stage]["kl"]) < 5
     assert summary["eval"]["sft"]["kl"] == pytest.approx(0, abs=1e-3), "the SFT policy is its own reference"
     assert 0 <= summary["weight_sync"]["max_canary_diff"] < 1e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -240,18 +242,34 @@ def test_gspo_equals_its_token_form(batch: SimpleNamespace, width: float) -> Non
 
 @quick
 @given(st.integers(0, 1000), st.integers(1, 6))
-def test_kwise_of_two_is_pairwise_and_micro_batches_add_up(seed: int, prompts: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    chosen, rejected = torch.randn(2, prompts, generator=generator, dtype=torch.float64)
-    index, scores = torch.arange(prompts).repeat(2), torch.cat([chosen, rejected])
-    rank = torch.arange(2).repeat_interleave(prompts)
-    whole, _ = preferences.kwise_loss(scores, index, rank)
-    torch.testing.assert_close(whole, preferences.pairwise_loss(chosen, rejected)[0].mean())
-    parts = [
-        preferences.kwise_loss(scores[keep], index[keep], rank[keep], total_prompts=prompts)[0]
-        for keep in (index % 2 == 0, index % 2 == 1)
+def test_kwise_is_the_sum_of_the_pairs_and_micro_batches_add_up(seed: int, prompts: int) -> None:
+    """Against a loop over prompts of pairwise losses, in float64: K from 2 to 5, ties, shares, pairs left out."""
+    rng = random.Random(seed)
+    scores = torch.randn(5 * prompts, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    scores.requires_grad_()
+    rows = [
+        (p, 5 * p + i, 5 * p + j, rng.choice([0.0, 0.25, 0.5, 1.0]))
+        for p in range(prompts)
+        for i, j in itertools.combinations(range(rng.randint(2, 5)), 2)
+        if (i, j) == (0, 1) or rng.random() < 0.8
     ]
-    torch.testing.assert_close(sum(parts), whole)
+
+    def loss(chosen: Callable[[int], bool]) -> Tensor:
+        kept = [row for row in rng.sample(rows, len(rows)) if chosen(row[0])]
+        prompt, first, second, share = (torch.tensor(column) for column in zip(*kept, strict=True))
+        pair = torch.stack([first, second], 1)
+        return preferences.kwise_loss(scores, pair, share.double(), prompt, total_prompts=prompts)[0]
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for of_prompt in ([row for row in rows if row[0] == p] for p in range(prompts)):
+        for _, i, j, share in of_prompt:
+            one = preferences.pairwise_loss(scores[i], scores[j], torch.tensor(share, dtype=torch.float64))[0]
+            expected = expected + one / len(of_prompt) / prompts
+    (slope,) = torch.autograd.grad(expected, scores)
+    parts = [loss(lambda p: p % 2 == 0), *([loss(lambda p: p % 2 == 1)] if prompts > 1 else [])]
+    for found in (loss(lambda p: True), sum(parts)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(torch.autograd.grad(found, scores)[0], slope, rtol=1e-12, atol=1e-14)
 
 
 @quick

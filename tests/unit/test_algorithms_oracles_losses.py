@@ -301,45 +301,58 @@ def log_sigmoid(x: float) -> float:
 
 
 @pytest.mark.parametrize("margin", [None, [0.0, 1.0, -0.5, 2.0]])
-def test_pairwise(margin: list[float] | None) -> None:
+@pytest.mark.parametrize("preference", [[1.0, 1.0, 1.0, 1.0], [0.5, 0.75, 0.0, 1.0]])
+def test_pairwise(preference: list[float], margin: list[float] | None) -> None:
     chosen, rejected = [1.0, 0.5, -40.0, 3.0], [0.0, 0.5, 40.0, 2.5]
     x = torch.tensor(chosen, dtype=torch.float64, requires_grad=True)
-    loss, metrics = preferences.pairwise_loss(
-        x, torch.tensor(rejected, dtype=torch.float64), None if margin is None else torch.tensor(margin)
-    )
+    given = {} if margin is None else {"margin": torch.tensor(margin)}
+    other, p = (torch.tensor(values, dtype=torch.float64) for values in (rejected, preference))
+    loss, metrics = preferences.pairwise_loss(x, other, p, **given)
     loss.sum().backward()
     h = [c - r - m for c, r, m in zip(chosen, rejected, margin or [0.0] * 4, strict=True)]
-    assert loss.tolist() == pytest.approx([-log_sigmoid(d) for d in h])
-    assert x.grad.tolist() == pytest.approx([-1 / (1 + math.exp(d)) for d in h])
-    assert metrics["accuracy"].tolist() == [1, 0.5, 0, 1]
-    assert metrics["margin"].tolist() == [1, 0, -80, 0.5]
+    expected = [-p * log_sigmoid(d) - (1 - p) * log_sigmoid(-d) for d, p in zip(h, preference, strict=True)]
+    assert loss.tolist() == pytest.approx(expected)
+    assert x.grad.tolist() == pytest.approx([1 / (1 + math.exp(-d)) - p for d, p in zip(h, preference, strict=True)])
+    labels_agree = preference[0] == 1
+    assert metrics["accuracy"].tolist() == ([1, 0.5, 0, 1] if labels_agree else [0.5, 0.5, 1, 1])
+    assert metrics["margin"].tolist() == ([1, 0, -80, 0.5] if labels_agree else [0, 0, 80, 0.5])
+
+
+def test_a_tie_is_learned_as_equal_scores() -> None:
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
+    loss, _ = preferences.pairwise_loss(x, torch.zeros_like(x), torch.full_like(x, 0.5))
+    assert loss.argmin() == 20
+    assert loss[20].item() == pytest.approx(math.log(2))
 
 
 def test_kwise() -> None:
-    prompt, rank = [8, 3, 8, 8, 3, 5, 9, 9], [2, 1, 1, 3, 1, 1, 4, 2]
     scores = [0.3, 2.0, 0.1, -1.0, 1.0, 7.0, 0.5, 0.5]
+    # Prompt 8 prefers 2 to 0, 0 to 3 and 3 to 2, which no ranking can say; 9 has a share, 3 a tie; 5 has no pair.
+    pairs = {8: [(2, 0, 1.0), (3, 0, 0.0), (2, 3, 0.0)], 9: [(7, 6, 0.75)], 3: [(1, 4, 0.5)]}
+    rows = [(9, 7, 6, 0.75), (8, 2, 0, 1.0), (3, 1, 4, 0.5), (8, 3, 0, 0.0), (8, 2, 3, 0.0)]
     x = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
-    loss, metrics = preferences.kwise_loss(x, torch.tensor(prompt), torch.tensor(rank))
+    prompt, first, second, share = (torch.tensor(column) for column in zip(*rows, strict=True))
+    loss, metrics = preferences.kwise_loss(x, torch.stack([first, second], 1), share, prompt)
     loss.backward()
-    # Prompt 8 has three pairs, 9 one (equal scores), 3 is tied, 5 alone.
-    pairs = {8: [(2, 0), (2, 3), (0, 3)], 9: [(7, 6)]}
     slope = [0.0] * len(scores)
     expected = 0.0
     for of_prompt in pairs.values():
-        for i, j in of_prompt:
-            share = 1 / len(of_prompt) / len(pairs)
-            expected -= share * log_sigmoid(scores[i] - scores[j])
-            slope[i] -= share / (1 + math.exp(scores[i] - scores[j]))
-            slope[j] += share / (1 + math.exp(scores[i] - scores[j]))
+        for i, j, p in of_prompt:
+            weight, d = 1 / len(of_prompt) / len(pairs), scores[i] - scores[j]
+            expected -= weight * (p * log_sigmoid(d) + (1 - p) * log_sigmoid(-d))
+            slope[i] += weight * (1 / (1 + math.exp(-d)) - p)
+            slope[j] -= weight * (1 / (1 + math.exp(-d)) - p)
     assert loss.item() == pytest.approx(expected)
     assert x.grad.tolist() == pytest.approx(slope)
-    assert metrics["accuracy"].tolist() == pytest.approx([2 / 3, 0.5])
-    assert metrics["margin"].tolist() == pytest.approx([(-0.2 + 1.1 + 1.3) / 3, 0])
+    # In the order 3, 8, 9.
+    assert metrics["accuracy"].tolist() == pytest.approx([0.5, 1 / 3, 0.5])
+    assert metrics["margin"].tolist() == pytest.approx([0, (-0.2 + 1.3 - 1.1) / 3, 0])
 
 
 def test_kwise_without_a_pair_is_zero() -> None:
     x = torch.ones(2, requires_grad=True)
-    loss, _ = preferences.kwise_loss(x, torch.tensor([0, 1]), torch.tensor([0, 0]))
+    none = torch.empty(0, dtype=torch.int64)
+    loss, _ = preferences.kwise_loss(x, none.view(0, 2), none.float(), none)
     loss.backward()
     assert loss.item() == 0
     assert x.grad.tolist() == [0, 0]

@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import comparisons, experience, rollouts, tiny_llama
+from tiny import comparisons, experience, rankings, rollouts, tiny_llama
 
 from rlhf_dist.data.batching import (
     Ragged,
     collate,
     collate_pairs,
+    collate_rankings,
     micro_batches,
     pair_lengths,
     partition,
+    ranking_lengths,
     sequence_lengths,
 )
 from rlhf_dist.models import PolicyModule, ScalarModule
@@ -126,6 +128,13 @@ def test_columns_come_back_as_they_went_in(shape: list[tuple[int, int]], packing
         np.testing.assert_array_equal(batch.gather(batch.columns[name]), expected)
 
 
+def test_a_column_in_one_piece_is_read_without_a_copy() -> None:
+    whole = experience([(2, 3), (1, 1)]).combine_chunks()
+    pieces = pa.concat_tables([whole, whole])
+    assert Ragged.of(whole, "values").values.ctypes.data == whole["values"].chunk(0).values.to_numpy().ctypes.data
+    assert [len(Ragged.of(pieces, "values")[i]) for i in range(4)] == [3, 1, 3, 1]
+
+
 def test_slices_of_a_table_are_read_at_their_own_offsets() -> None:
     table = experience([(2, 3), (1, 1), (4, 2), (3, 5)])
     part = table.slice(2)
@@ -167,6 +176,20 @@ def test_pairs_stand_side_by_side() -> None:
     assert pair_lengths(table, np.arange(table.num_rows)).tolist() == [2 * 5, 2 * 5]
 
 
+def test_the_pairs_of_rankings_point_at_their_responses() -> None:
+    nan = float("nan")
+    table = rankings([(2, [3, 1, 2]), (1, [2, 4])], [[1, 0, 0.5], [nan]])
+    batch = collate_rankings(table, [1, 0])
+    prompts, responses = table["prompt_ids"].to_pylist(), table["responses"].to_pylist()
+    expected = [prompts[r] + ids for r in (1, 0) for ids in responses[r]]
+    assert [ids[: len(e)] for ids, e in zip(batch.input_ids.tolist(), expected, strict=True)] == expected
+    assert batch.input_ids.flatten()[batch.last].tolist() == [e[-1] for e in expected]
+    assert batch.columns["pair"].tolist() == [[2, 3], [2, 4], [3, 4]], "nobody compared the two of row 1"
+    assert batch.columns["preference"].tolist() == [1, 0, 0.5]
+    assert batch.columns["prompt"].tolist() == [1, 1, 1]
+    assert ranking_lengths(table, np.arange(2)).tolist() == [3 * 5, 2 * 5]
+
+
 # The layout changes no figure
 
 
@@ -180,7 +203,7 @@ def test_padded_and_packed_agree(shape: list[tuple[int, int]]) -> None:
         padded = collate(table, rows)
         packed = collate(table, rows, packing=True)
         for a, b in zip(policy(padded, entropy=True), policy(packed, entropy=True), strict=True):
-            np.testing.assert_allclose(padded.gather(a), packed.gather(b), atol=1e-5)
+            np.testing.assert_allclose(padded.gather(a), packed.gather(b), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -191,7 +214,7 @@ def test_neighbours_in_a_micro_batch_do_not_matter(shape: list[tuple[int, int]])
     with torch.no_grad():
         together = collate(table, range(len(shape)))
         alone = [(one := collate(table, [r])).gather(module(one)[0]) for r in range(len(shape))]
-        np.testing.assert_allclose(together.gather(module(together)[0]), np.concatenate(alone), atol=1e-5)
+        np.testing.assert_allclose(together.gather(module(together)[0]), np.concatenate(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_values_agree_in_both_layouts() -> None:

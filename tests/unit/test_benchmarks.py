@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+from rlhf_dist.config import Config
+from rlhf_dist.config_io import dump
+from rlhf_dist.data.load import make_tokenizer
 
 #: What no other library computes in the same way; the docstring of the benchmark has the reasons.
 NOT_COMPARED = {"reinforce", "decoupled_ppo"}
@@ -92,3 +99,111 @@ def test_only_the_release_that_was_tried_is_compared(
 def test_sizes_that_cannot_be_compared_are_refused(algorithms: Any) -> None:
     with pytest.raises(SystemExit):
         algorithms.main(["--rows", "1"])
+
+
+@pytest.fixture
+def preference_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import preference_model
+
+    return preference_model
+
+
+def finished_run(folder: Path) -> Path:
+    """A run folder as ``recipe=reward_model`` leaves it, of 60 training and 20 test pairs with random outcomes."""
+    for name, rows in (("train", range(60)), ("test", range(60, 80))):
+        lines = [
+            {
+                "chosen": f"\n\nHuman: Say {i}.\n\nAssistant: It is {i}, I think.",
+                "rejected": f"\n\nHuman: Say {i}.\n\nAssistant: No, I will not say {i}.",
+                "source": ("harmless", "helpful")[i % 2],
+            }
+            for i in rows
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = {"format": "hh", "dir": str(folder), "train": "train.jsonl", "test": "test.jsonl"}
+    cfg = Config.model_validate({"model": {"path": "-", "tokenizer_vocab_size": 300}, "data": files, "recipe": "sft"})
+    built = cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": None})})
+    make_tokenizer(built, str(folder / "tokenizer"))
+    (folder / "config.yaml").write_text(dump(cfg))
+    rng = np.random.default_rng(0)
+    columns = {
+        "row": range(20),
+        "source": ["harmless", "helpful"] * 10,
+        "difference": rng.normal(size=20),
+        "longer": rng.integers(-5, 5, 20),
+        "preference": pa.array([1.0] * 20, pa.float32()),
+    }
+    pq.write_table(pa.table(columns), folder / "held_out_pairs.parquet")
+    summary = {"reward_model": {"flipped": 7}, "versions": {}, "commit": None, "status": "finished"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_both_classifiers_read_the_pairs_of_the_run(preference_model: Any, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    train, test = preference_model.texts(folder, 0.0)
+    assert test[0] == [f" It is {i}, I think." for i in range(60, 80)]
+    assert test[1] == [f" No, I will not say {i}." for i in range(60, 80)]
+    noisy, same = preference_model.texts(folder, 0.3)
+    assert same == test, "test pairs stay as they are"
+    flipped = [a != b for a, b in zip(noisy[0], train[0], strict=True)]
+    assert 5 < sum(flipped) < 35
+    assert [c if f else r for c, r, f in zip(*train, flipped, strict=True)] == noisy[1]
+    assert preference_model.execute(folder, ["--no-such-option"]) == folder, "a finished run is not run again"
+
+
+def test_figures_of_each_half(preference_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished_run(tmp_path)
+    right = pq.read_table(folder / "held_out_pairs.parquet")["difference"].to_numpy() > 0
+    bag = np.where(np.arange(20) < 15, 1.0, -1.0)
+    monkeypatch.setattr(preference_model, "HAS_SKLEARN", False)
+    bare = preference_model.compare(folder, 0, 0.3)
+    assert (bare["seed"], bare["noise"], bare["flipped"], bare["scikit-learn"]) == (0, 0.3, 7, None)
+    for name, rows in (("all", slice(None)), ("harmless", slice(0, None, 2)), ("helpful", slice(1, None, 2))):
+        part = bare["parts"][name]
+        assert part["accuracy"] == right[rows].mean()
+        assert "bigrams" not in part
+        beside = preference_model.beside_bag(
+            pq.read_table(folder / "held_out_pairs.parquet"), bag, np.isin(np.arange(20), np.arange(20)[rows]), seed=0
+        )
+        assert beside["bigrams"] == (bag[rows] > 0).mean()
+        assert beside["to_bigrams"] == pytest.approx(right[rows].mean() - (bag[rows] > 0).mean())
+        low, high = beside["to_bigrams_interval"]
+        assert low < beside["to_bigrams"] < high
+    preference_model.show([bare, {**bare, "seed": 1}])
+
+
+def test_the_bag_of_bigrams_reads_order(preference_model: Any) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is in the extra bench")
+    rng = np.random.default_rng(0)
+    noise = lambda: " ".join(rng.choice(["red", "green", "blue", "black"], 5))
+    chosen = [f"{noise()} not bad {noise()} good" for _ in range(200)]
+    rejected = [f"{noise()} bad not {noise()} good" for _ in range(200)]
+    found = preference_model.bag_of_bigrams((chosen[:150], rejected[:150]), (chosen[150:], rejected[150:]))
+    assert (found > 0).mean() > 0.95
+    turned = preference_model.bag_of_bigrams((chosen[:150], rejected[:150]), (rejected[150:], chosen[150:]))
+    np.testing.assert_allclose(turned, -found)
+
+
+def test_over_optimisation_is_plotted_by_proxy_as_means_over_seeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import overoptimization
+
+    def record(method: str, comparisons: int, seed: int, golds: list[float]) -> dict[str, Any]:
+        key = "n" if method == "best-of-n" else "step"
+        points = [{key: i, "kl": i**2, "reward": i, "gold_score": gold} for i, gold in enumerate(golds, 1)]
+        about = {"method": method, "comparisons": comparisons, "seed": seed, "turn": None}
+        return about | {"points": points, "fit": {"alpha": 0.5, "beta": 0.1, "rmse": 0.0}}
+
+    runs = [record("ppo", 1000, seed, [0.5, 0.7, 0.2 + 0.2 * seed]) for seed in (0, 1)]
+    runs += [record("best-of-n", size, 0, [0.5, 0.6, 0.7]) for size in (24000, 1000)]
+    drawing = ET.fromstring(overoptimization.plot(runs))
+    text = "".join(drawing.itertext())
+    assert text.index("proxy of 24,000 comparisons") < text.index("proxy of 1,000 comparisons")
+    assert "PPO, √KL 3: 0.3" in text
+    assert len(list(drawing.iter("{http://www.w3.org/2000/svg}path"))) == 3
+    overoptimization.show(runs)
+    assert "ppo, proxy of 1,000 comparisons, 2 seeds" in capsys.readouterr().out

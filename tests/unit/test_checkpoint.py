@@ -141,6 +141,13 @@ def test_prune_keeps_the_best_beside_the_newest(tmp_path: Path) -> None:
     assert [Path(p).name for p in complete(tmp_path)] == ["step_000005", "step_000030", "step_000040"]
 
 
+def test_prune_keeps_the_first_of_those_that_are_as_good(tmp_path: Path) -> None:
+    for step, score in ((5, 0.1), (10, 0.9), (20, 0.9), (30, 0.2)):
+        seal(make(tmp_path, step, done=False), {"step": step, "score": score})
+    prune(tmp_path, keep=1, keep_best=1)
+    assert [Path(p).name for p in complete(tmp_path)] == ["step_000010", "step_000030"]
+
+
 def test_the_newest_that_is_whole_is_found_and_the_others_are_named(tmp_path: Path) -> None:
     assert newest(tmp_path) == (None, [])
     for step in (5, 10, 20):

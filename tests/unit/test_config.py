@@ -51,7 +51,7 @@ def test_every_algorithm_has_a_config() -> None:
     assert {c.algo.advantage_estimator for c in used} == set(ADVANTAGE_ESTIMATORS)
     assert {c.algo.policy_loss for c in used} == set(POLICY_LOSSES)
     assert {c.algo.rollout_correction for c in used} == {"auto", *CORRECTION_BOUNDS}
-    assert {(c.dpo.loss, c.dpo.label_smoothing > 0) for c in used if "dpo" in c.stages} == {
+    assert {(c.dpo.loss, c.dpo.label_smoothing > 0) for c in used if "dpo" in c.recipes} == {
         ("dpo", False),
         ("dpo", True),
         ("ipo", False),
@@ -61,7 +61,7 @@ def test_every_algorithm_has_a_config() -> None:
     assert any(c.algo.ptx_coef and c.rollout.dynamic_sampling is False for c in used)
     assert any(c.rollout.dynamic_sampling for c in used)
     assert any(c.algo.kl_target for c in used)
-    assert any("distill" in c.stages for c in used)
+    assert any("distill" in c.recipes for c in used)
 
 
 def test_names_of_the_config_are_those_of_the_tables() -> None:
@@ -190,8 +190,8 @@ BROKEN_FILES = [
     (
         "no such choice",
         "recipe: pppo",
-        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'reward_model', 'ppo', 'dpo', 'pipeline' or "
-        "'evaluate'",
+        "{file}: recipe = 'pppo': input should be 'sft', 'distill', 'compare', 'reward_model', 'ppo', 'dpo', "
+        "'pipeline', 'evaluate' or 'evaluate_reward'",
     ),
     (
         "no such ZeRO stage",
@@ -354,34 +354,161 @@ BROKEN_FILES = [
     (
         "a stage twice",
         "pipeline: {stages: [sft, sft]}",
-        "{file}: pipeline.stages=['sft', 'sft']: give at least one stage, and each only once",
+        "{file}: pipeline.stages: two stages are called sft; give one another `name`",
     ),
     (
         "PPO before its reward model",
         "pipeline: {stages: [sft, ppo, reward_model]}",
-        "{file}: pipeline.stages=['sft', 'ppo', 'reward_model']: ppo needs the reward model that reward.components "
-        "asks for (`model: trained`); put reward_model before it, or give its folder",
+        "{file}: pipeline.stages=['sft', 'policy', 'reward_model']: policy needs the reward model that "
+        "reward.components asks for (`model: trained`); put reward_model before it, or give its folder",
     ),
     (
         "DPO without comparisons",
         "{pipeline: {stages: [sft, dpo]}, data: {format: gsm8k, train: a.jsonl}}",
-        "{file}: dpo learns from comparisons, and data.format=gsm8k has none",
+        "{file}: dpo learns from comparisons, and data.format=gsm8k has none; formats that do: world, hh, preferences, "
+        "rankings, qa_feedback, voted",
     ),
     (
         "a teacher that knows nothing more",
         "pipeline: {stages: [sft, distill]}",
         "{file}: distill: teacher and student are the same model and read the same text, so there is nothing to "
-        "learn; give distill.context, distill.teacher or distill.from_scratch=true",
+        "learn; give distill.context or context_file, distill.teacher or distill.from_scratch=true",
+    ),
+    (
+        "two contexts",
+        "distill: {context: be kind, context_file: a.txt}",
+        "{file}: distill: context and context_file=a.txt are both given: which one does the teacher read?",
+    ),
+    (
+        "patience without evaluations",
+        "sft: {patience: 3}",
+        "{file}: sft: patience=3 counts evaluations, and eval_every=0 makes none while training goes on; "
+        "give eval_every",
+    ),
+    (
+        "packing without flash attention",
+        "sft: {packing: true}",
+        "{file}: sft.packing=true needs model.attention=flash_attention_2, got sdpa; without it packed samples cost "
+        "the square of their sum",
+    ),
+    (
+        "nothing but extra text",
+        "distill: {extra_share: 1}",
+        "{file}: distill.extra_share = 1: input should be less than 1",
     ),
     (
         "K-wise without rankings",
         "{reward_model: {loss: kwise}, data: {format: hh, train: a.jsonl}}",
-        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none",
+        "{file}: reward_model.loss=kwise needs rankings, and data.format=hh has none; formats that do: world, "
+        "rankings, qa_feedback, voted",
+    ),
+    (
+        "a reward model without comparisons",
+        "{recipe: reward_model, data: {format: instructions, train: a.jsonl}}",
+        "{file}: reward_model learns from comparisons, and data.format=instructions has none; formats that do: world, "
+        "hh, preferences, rankings, qa_feedback, voted",
+    ),
+    (
+        "DPO of ties",
+        "{pipeline: {stages: [sft, dpo]}, reward_model: {ties: learn}}",
+        "{file}: reward_model.ties=learn, labels=majority, binarize=false: dpo reads the same pairs and needs the "
+        "better side of each; use drop, majority and false",
+    ),
+    (
+        "K-wise with tags",
+        "reward_model: {loss: kwise, binarize: true}",
+        "{file}: reward_model: binarize=true compares a response with itself under another tag: use loss=pairwise",
+    ),
+    (
+        "noise in rankings",
+        "reward_model: {loss: kwise, label_noise: 0.1}",
+        "{file}: reward_model: label_noise=0.1 flips the labels of comparisons, and loss=kwise learns from rankings: "
+        "use loss=pairwise",
+    ),
+    (
+        "more noise than labels",
+        "reward_model: {label_noise: 0.6}",
+        "{file}: reward_model.label_noise = 0.6: input should be less than or equal to 0.5",
+    ),
+    (
+        "no reward model to judge",
+        "recipe: evaluate_reward",
+        "{file}: recipe evaluate_reward needs a reward model: give its folder, reward_model.path",
+    ),
+    (
+        "nothing to judge a reward model by",
+        "{recipe: evaluate_reward, reward_model: {path: r}, data: {format: gsm8k, test: a.jsonl}}",
+        "{file}: evaluate_reward judges by comparisons, and data.format=gsm8k has none; formats that do: world, hh, "
+        "preferences, rankings, qa_feedback, voted",
+    ),
+    (
+        "no held-out data",
+        "{recipe: evaluate_reward, reward_model: {path: r}, data: {format: hh}}",
+        "{file}: data.format is hh, but neither data.test nor data.train is given",
     ),
     (
         "a penalty longer than the response",
         "reward: {soft_overlong_cache: 4096}",
         "{file}: reward.soft_overlong_cache=4096 is more than rollout.max_response_length=512",
+    ),
+    (
+        "best of more than there are",
+        "evaluation: {n_samples_per_prompt: 4, best_of_n: [1, 16]}",
+        "{file}: evaluation: best_of_n=[1, 16] needs 16 samples of each prompt, but n_samples_per_prompt=4; raise it, "
+        "or leave the larger n out",
+    ),
+    (
+        "a metric from nowhere",
+        "evaluation: {metrics: [{name: a}]}",
+        "{file}: evaluation.metrics.0: give exactly one of model, function; got none",
+    ),
+    (
+        "a metric without a module",
+        "evaluation: {metrics: [{function: gold}]}",
+        "{file}: evaluation.metrics.0: function must read package.module:function, got 'gold'",
+    ),
+    (
+        "a metric with the reward's name",
+        "evaluation: {metrics: [{name: reward, model: a}]}",
+        "{file}: evaluation: metrics must have different names, and none of them reward, which is the reward's; "
+        "got ['reward']",
+    ),
+    (
+        "a metric with a component's name",
+        "{evaluation: {metrics: [{name: a, model: x}]}, "
+        "reward: {components: [{name: a, model: y}, {name: b, model: z}]}}",
+        "{file}: evaluation.metrics and reward.components both have the name a; give one another",
+    ),
+    (
+        "a trained metric that is not trained before PPO",
+        "{evaluation: {metrics: [{name: test_pm, model: trained}]}, pipeline: {stages: [sft, ppo]}, "
+        "reward: {components: [{model: x}]}}",
+        "{file}: evaluation.metrics: test_pm is `model: trained`, the reward model that a pipeline trains before "
+        "policy, and there is none; give its folder",
+    ),
+    (
+        "a reward model that nobody uses",
+        "{pipeline: {stages: [sft, reward_model, ppo]}, reward: {components: [{model: x}]}}",
+        "{file}: pipeline.stages=['sft', 'reward_model', 'policy'] trains a reward model that nobody uses: no "
+        "component of reward.components, and none of evaluation.metrics, is `model: trained`",
+    ),
+    (
+        "early stop on nothing",
+        "{train: {early_stop: {metric: gold}}, evaluation: {metrics: [{name: test_pm, model: x}]}}",
+        "{file}: train.early_stop.metric=gold is no figure of the evaluation; expected one of reward, test_pm, or add "
+        "it to evaluation.metrics",
+    ),
+    (
+        "early stop without evaluations",
+        "train: {early_stop: {metric: reward}}",
+        "{file}: train.early_stop.metric=reward is read every run.eval_every=0 steps of train.steps=100; set "
+        "run.eval_every to 1 or more, and less than the steps",
+    ),
+    (
+        "early stop without checkpoints",
+        "{train: {early_stop: {metric: reward}}, run: {eval_every: 5, checkpoint_every: 0}}",
+        "{file}: train.early_stop.metric=reward goes back to the checkpoint of the best evaluation, but "
+        "run.checkpoint_every=0 saves none; set it to 1 or more",
     ),
     (
         "a base that is not there",

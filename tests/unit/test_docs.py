@@ -18,17 +18,17 @@ from rlhf_dist.config_io import all_keys, load
 from rlhf_dist.observability.report import TILES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "k8s" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = {key.replace("[]", "") for key in all_keys()}
 PREFIXES = {key.rsplit(".", n)[0] for key in KEYS for n in range(1, key.count(".") + 1)}
 SECTIONS = {prefix for prefix in PREFIXES if "." not in prefix}
 #: Keys whose value is a mapping of the user's own.
-OPEN = ("model.architecture", "headers", "resources")
+OPEN = ("model.architecture", "headers", "resources", "set")
 FILE_ENDINGS = (".py", ".md", ".yaml", ".sh", ".toml", ".svg", ".json", ".jsonl", ".gz")
 #: Folders of a run, not of the repository; they exist after a run only.
 RUN_FOLDERS = {"rollouts", "checkpoints", "runs", "sft", "reward_model", "policy", "tokenizer", "initial_model", "logs"}
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:

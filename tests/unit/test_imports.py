@@ -16,6 +16,7 @@ LAYERS = [
     ("main",),
     ("recipes",),
     ("run",),
+    ("artifacts",),
     ("planner", "resuming"),
     ("actors",),
     ("engines", "checkpoint"),

@@ -115,6 +115,22 @@ def test_a_new_head_is_zero_and_a_trained_one_is_kept(tmp_path: Path) -> None:
     assert again.config.num_labels == 1
 
 
+def test_a_centered_model_keeps_its_mean_in_its_folder(classifier: PreTrainedModel, tmp_path: Path) -> None:
+    batch = collate(rollouts(SHAPE), [0, 1, 2, 3])
+    module = ScalarModule(classifier)
+    with torch.no_grad():
+        before, values = module.scores(batch), module(batch)
+        assert before.mean().abs() > 0.01
+        module.center(before.mean().item())
+        torch.testing.assert_close(module.scores(batch), before - before.mean(), atol=1e-6, rtol=0)
+        classifier.save_pretrained(tmp_path / "centered")
+        again = ScalarModule(load_scalar(str(tmp_path / "centered"), "float32", "sdpa").eval())
+        torch.testing.assert_close(again.scores(batch), before - before.mean(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(again(batch), values - before.mean(), atol=1e-6, rtol=0)  # a critic's values, too
+        again.center(0.5)  # by a second training, whose reference scores lie higher
+        torch.testing.assert_close(again.scores(batch), before - before.mean() - 0.5, atol=1e-6, rtol=0)
+
+
 def test_loading_takes_the_dtype(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path)

@@ -71,6 +71,7 @@ def test_columns_may_be_empty_or_nested_or_no_numbers() -> None:
     )
     assert columns_not_finite(table, 0) == []
     assert columns_not_finite(table, 1) == ["nested"]
+    assert columns_not_finite(rankings([(1, [1, 2])], [[NAN]]), 0) == [], "NaN is a pair that nobody compared"
 
 
 def test_rows_are_called_by_their_ids_where_there_are_some() -> None:
@@ -88,13 +89,13 @@ def test_at_most_five_rows_are_listed(count: int, text: str) -> None:
 
 def test_what_a_source_keeps() -> None:
     """Rows that the update reads, once each, and the minibatches in the new numbering."""
-    table = rankings([(1, [1, 2])] * 6, [[0, i] for i in range(6)])
+    table = rankings([(1, [1, 2])] * 6, [[i / 5] for i in range(6)])
     source = Source("batch", table, [np.array([5, 1]), np.array([1, 3])])
     kept = source.kept()
     assert kept.table["row"].to_pylist() == [1, 3, 5]
     assert [m.tolist() for m in kept.minibatches] == [[2, 0], [0, 1]]
     for ours, theirs in zip(kept.minibatches, source.minibatches, strict=True):
-        assert kept.table["ranks"].take(pa.array(ours)) == table["ranks"].take(pa.array(theirs))
+        assert kept.table["preferences"].take(pa.array(ours)) == table["preferences"].take(pa.array(theirs))
         assert [kept.name_of(row) for row in ours] == [source.name_of(row) for row in theirs]
 
 

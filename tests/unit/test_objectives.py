@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from rlhf_dist.engines.objectives import (
 from rlhf_dist.models import PolicyModule, ScalarModule
 
 SHAPE = [(3, 4), (1, 6), (5, 0), (2, 1), (4, 5), (2, 2), (3, 3)]
+NAN = float("nan")
 #: Everything that adds a term to the loss.
 FULL = AlgoConfig(entropy_coef=0.01, use_kl_loss=True, kl_estimator="k3", kl_coef=0.1, dual_clip=3.0)
 
@@ -53,8 +55,8 @@ def taught(k: int) -> pa.Table:
     generator = torch.Generator().manual_seed(5)
     top = [torch.randn(q, VOCAB, generator=generator).log_softmax(-1).topk(k) for _, q in SHAPE]
     ids, logprobs = [t.indices.flatten().tolist() for t in top], [t.values.flatten().tolist() for t in top]
-    table = table.append_column("teacher_ids", pa.array(ids, pa.list_(pa.int32())))
-    return table.append_column("teacher_logprobs", pa.array(logprobs, pa.list_(pa.float32())))
+    table = table.append_column("teacher_ids", pa.array(ids, schema.STAGE_COLUMNS["teacher_ids"]))
+    return table.append_column("teacher_logprobs", pa.array(logprobs, schema.STAGE_COLUMNS["teacher_logprobs"]))
 
 
 CASES: dict[str, tuple[Any, Any, pa.Table]] = {
@@ -104,7 +106,7 @@ CASES: dict[str, tuple[Any, Any, pa.Table]] = {
         scalar_module(),
         rankings(
             [(2, [3, 1, 2]), (1, [4, 4, 1, 2]), (3, [2, 5]), (1, [1, 2, 3])],
-            [[0, 1, 2], [1, 0, 1, 2], [1, 0], [0, 0, 0]],
+            [[1, 1, 0.5], [0, 1, NAN, 0.75, 0.5, 1], [0], [NAN, NAN, NAN]],
         ),
     ),
     "distill": (DistillObjective(), PolicyModule(tiny_llama()), taught(4)),
@@ -260,24 +262,34 @@ def test_the_critics_moments_give_the_explained_variance() -> None:
     assert residual == pytest.approx(float((returns - old).var(correction=0)), rel=1e-4)
 
 
-def test_a_ranking_is_the_sum_of_its_pairs() -> None:
-    """K-wise on a ranking of three equals pairwise on its three comparisons, over their number, gradient included."""
+def sequences_read(module: ScalarModule) -> list[int]:
+    """Filled with the number of sequences of each forward from now on."""
+    counts: list[int] = []
+    backbone = getattr(module.model, module.model.base_model_prefix)
+    backbone.register_forward_pre_hook(lambda _, __, x: counts.append(len(x["input_ids"])), with_kwargs=True)
+    return counts
+
+
+def test_rankings_are_the_sum_of_their_pairs_at_one_forward_for_each_response() -> None:
+    """With ties, a share, two responses that nobody compared, and A > B > C > A: loss, metrics and gradient."""
     module = scalar_module().double()
-    ranked = rankings([(2, [3, 1, 2])], [[2, 0, 1]])
-    kwise = accumulate(KWiseObjective(), module, ranked, [[0]])
-    row = ranked.to_pylist()[0]
-    order = [row["responses"][i] for i in (1, 2, 0)]
-    pairs = pa.Table.from_pylist(
-        [
-            {"prompt_ids": row["prompt_ids"], "chosen_ids": a, "rejected_ids": b, "margin": 0.0, "source": ""}
-            for a, b in ((order[0], order[1]), (order[0], order[2]), (order[1], order[2]))
-        ],
-        schema=schema.COMPARISON,
-    )
-    pairwise = accumulate(PairwiseObjective(), module, pairs, [[0, 1, 2]])
-    assert kwise[0] == pytest.approx(pairwise[0], abs=1e-6)
-    for a, b in zip(kwise[1], pairwise[1], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)  # scores are float32
+    ranked = rankings([(2, [3, 1, 2, 4]), (1, [2, 5, 1])], [[1, 0, 0.5, 1, NAN, 0.25], [1, 0, 1]])
+    read = sequences_read(module)
+    kwise = accumulate(KWiseObjective(), module, ranked, [[0, 1]])
+    assert sum(read) == 4 + 3
+    read.clear()
+    by_prompt = []
+    for row in ranked.to_pylist():
+        prompt = {"prompt_ids": row["prompt_ids"], "margin": 0, "source": ""}
+        labelled = zip(itertools.combinations(row["responses"], 2), row["preferences"], strict=True)
+        pairs = [prompt | {"chosen_ids": a, "rejected_ids": b, "preference": p} for (a, b), p in labelled if p == p]
+        table = pa.Table.from_pylist(pairs, schema=schema.COMPARISON)
+        by_prompt.append(accumulate(PairwiseObjective(), module, table, [list(range(len(pairs)))]))
+    assert sum(read) == 2 * (5 + 3)
+    (a, slopes_a), (b, slopes_b) = by_prompt
+    assert kwise[0] == pytest.approx({name: (a[name] + b[name]) / 2 for name in a}, abs=1e-6)
+    for slope, x, y in zip(kwise[1], slopes_a, slopes_b, strict=True):
+        torch.testing.assert_close(slope, (x + y) / 2, atol=1e-6, rtol=1e-4)  # scores are float32
 
 
 def test_distillation_is_the_kl_of_whole_distributions() -> None:
@@ -314,6 +326,7 @@ def test_a_margin_asks_for_more_distance() -> None:
     totals = Totals(1, 1)
     batch = objective.collate(table, [0], 0, False)
     assert batch.columns["margin"].tolist() == pytest.approx([table["margin"][0].as_py()])
+    batch.columns["preference"] = torch.ones(1)
     with_margin, _ = objective.loss(module, batch, totals)
     batch.columns["margin"] = torch.zeros(1)
     without, metrics = objective.loss(module, batch, totals)

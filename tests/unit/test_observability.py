@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.observability import terminal as terminal_module
-from rlhf_dist.observability.charts import chart, ticks
+from rlhf_dist.observability.charts import calibration_chart, chart, ticks
 from rlhf_dist.observability.formats import duration, human, printable
 from rlhf_dist.observability.logs import tail
 from rlhf_dist.observability.metrics import MetricsWriter, prometheus_name, read_metrics
@@ -513,6 +513,8 @@ def make_run(folder: Path) -> Path:
     summary.set("eval.sft.gold_score", 0.512345)
     summary.set("eval.sft.by_group", {EVIL: {"gold_score": 0.25}, "sort": {"gold_score": 0.75}})
     summary.set("eval.ppo.by_group", {"sort": {"gold_score": 0.875}})
+    curve = {"low": [0.4, 0.5], "sides": [60, 20], "predicted": [0.44, 0.56], "observed": [0.5, 0.25]}
+    summary.set("reward_model", {"pairs": 40, "calibration_error": 0.1225, "calibration": curve})
     summary.finish("failed", EVIL)
     summary.write(folder / "summary.json")
     sample = {"prompt": EVIL, "before": EVIL, "after": "fine", "score_before": -1.5, "score_after": 2}
@@ -530,10 +532,18 @@ def test_report_is_complete_escaped_and_self_contained(tmp_path: Path) -> None:
     assert "url(" not in html
     text = "".join(page.text)
     assert text.count("<script>alert('x')</script>") >= 6  # shown as text, once for each place
-    for shown in ("failed", "0.512", "0.875", "before, score -1.5", "after, score 2", "http://example.org"):
+    for shown in (
+        "failed",
+        "0.512",
+        "0.875",
+        "before, score -1.5",
+        "after, score 2",
+        "http://example.org",
+        "0.122, 40 pairs",
+    ):
         assert shown in text
     assert "rollout/reward_mean, step 60: 60" in text  # on hover
-    assert page.tags.count("svg") == 5  # sft loss; reward, KL, timings; the odd one
+    assert page.tags.count("svg") == 6  # calibration; sft loss; reward, KL, timings; the odd one
     assert len(html) < 300_000  # 1,000 steps are thinned out
 
 
@@ -555,6 +565,53 @@ def test_chart_breaks_at_gaps_and_survives_flat_lines() -> None:
         Page(chart("flat", "", {"x": [(3, constant)]}))
     assert chart("none", "", {}) == chart("none", "", {"x": [(1, None)]}) == ""
     assert chart("many", "s", {f"s{i}": [(1, i), (2, i + 1)] for i in range(9)}).count("<path") == 9
+
+
+def test_a_calibrated_model_lies_on_the_diagonal() -> None:
+    points = [0.05, 0.5, 0.95]
+    svg = calibration_chart("Calibration", "", points, points, [10, 40, 10])
+    Page(svg)
+    diagonal, *_ = re.findall(r'<line class="g" x1="(\S+)" x2="(\S+)" y1="(\S+)" y2="(\S+)"', svg)
+    x1, x2, y1, y2 = map(float, diagonal)
+    circles = re.findall(r'<circle class="p" cx="(\S+)" cy="(\S+)"', svg)
+    for share, (x, y) in zip(points, circles, strict=True):
+        assert float(x) == pytest.approx(x1 + share * (x2 - x1), abs=0.1)
+        assert float(y) == pytest.approx(y1 + share * (y2 - y1), abs=0.1)
+    assert "predicted 0.500, observed 0.500, 40 responses" in svg
+    heights = [float(a) - float(b) for a, b in re.findall(r'class="b"[^>]* y1="(\S+)" y2="(\S+)"', svg)]
+    assert heights[0] == heights[2] == pytest.approx(heights[1] / 4, abs=0.1)
+
+
+def test_proxy_and_gold_are_drawn_against_the_kl(tmp_path: Path) -> None:
+    """Each as its change in standard deviations of the start, and where gold turned."""
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        for step, kl, reward, gold in ((0, 0.0, 1.0, 0.5), (10, 1.0, 2.0, 0.7), (20, 4.0, 3.0, 0.6)):
+            figures = {"eval/reward": reward, "eval/gold": gold, "eval/sqrt_kl": math.sqrt(kl), "eval/kl": kl}
+            writer.log(step, "eval", figures | {"eval/reward_std": 2.0, "eval/gold_std": 0.4})
+    summary = Summary()
+    turns = {"gold": {"turn": {"step": 10, "sqrt_kl": 1.0}}, "reward": {"turn": {"step": 20, "sqrt_kl": 2.0}}}
+    summary.set("overoptimization", turns)
+    summary.write(tmp_path / "summary.json")
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    text = "".join(page.text)
+    for shown in ("reward, √KL 2: 1", "gold, √KL 1: 0.5", "gold, √KL 2: 0.25", "gold turns"):
+        assert shown in text
+    assert "reward turns" not in text
+    assert page.attributes.count(("class", "m")) == 1
+
+
+def test_two_evaluations_are_no_curve(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        for step in (0, 10):
+            writer.log(step, "eval", {"eval/reward": step, "eval/reward_std": 1.0, "eval/sqrt_kl": step})
+    assert "Over-optimisation" not in write_report(tmp_path).read_text("utf-8")
+
+
+def test_a_mark_stands_at_its_place_on_the_axis() -> None:
+    svg = chart("gold", "", {"gold": [(0.0, 1), (0.5, 2), (2.0, 1)]}, "√KL", {"turns": 0.5})
+    (mark,) = re.findall(r'class="m" x1="([\d.]+)"', svg)
+    circles = [float(x) for x in re.findall(r'<circle class="h" cx="([\d.]+)"', svg)]
+    assert float(mark) == circles[1]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def shape(cfg: Config) -> list[tuple[str, str, int]]:
 def test_the_embedded_default_runs_all_stages() -> None:
     assert shape(load()) == [
         ("sft", "sft", 2),
-        ("sampling", "generator", 1),
+        ("compare", "generator", 1),
         ("reward_model", "reward_model", 2),
         ("ppo", "policy", 1),
         ("ppo", "critic", 1),
@@ -53,8 +53,14 @@ def test_without_critic_reference_and_trained_reward(model: str) -> None:
 
 
 def test_a_pipeline_with_a_function_trains_no_reward_model() -> None:
-    cfg = load(None, ["data.world.sampled_pairs=0", f"reward.components={FUNCTION['components']}"])
+    cfg = load(None, [f"reward.components={FUNCTION['components']}"])
     assert [stage for stage, *_ in shape(cfg)] == ["sft", "ppo", "ppo", "ppo", "ppo", "ppo"]
+
+
+def test_a_reward_model_is_judged_by_its_learners_processes_alone() -> None:
+    cfg = load(None, ["recipe=evaluate_reward", "reward_model.path=r", "reward_model.learner.ranks=3"])
+    assert shape(cfg) == [("evaluate_reward", "reward_model", 3)]
+    assert cfg.initial_model == "r"
 
 
 @pytest.mark.parametrize("recipe", ["sft", "reward_model"])
@@ -84,6 +90,19 @@ def test_resources_are_those_of_the_config(model: str) -> None:
     assert found["policy"] == (4, 2, 1, "DeepSpeed ZeRO-3")
     assert found["generator"] == (1, 3, 2, "vLLM, tensor parallel 2")
     assert found["reference"] == (2, 1, 0.5, "one ZeRO-3 group")
+
+
+def test_a_model_among_the_metrics_has_a_process_of_its_own(model: str) -> None:
+    metrics = [{"name": "test_pm", "model": model}, {"function": "rlhf_dist.data.world:gold_score"}]
+    evaluation = {"metrics": metrics, "cpus": 0.5, "gpus": 1}
+    cfgs = [ppo(model, evaluation=evaluation), load(None, ["evaluation.cpus=0.5", "pipeline.stages=[sft,dpo]"])]
+    cfgs.append(Config.model_validate({"recipe": "evaluate", "model": {"path": model}, "evaluation": evaluation}))
+    found = [next(r for r in roles(cfg) if r.role == "metrics") for cfg in cfgs]
+    assert [(r.stage, r.processes, r.cpus, r.gpus, r.what) for r in found] == [
+        ("ppo", 1, 0.5, 1, "test_pm and gold_score"),
+        ("dpo evaluation", 1, 0.5, 0, "gold_score"),
+        ("evaluate", 1, 0.5, 1, "test_pm and gold_score"),
+    ]
 
 
 # Does it fit
@@ -128,6 +147,9 @@ def test_nothing_is_missing(model: str) -> None:
         ("reward.components", '[{function: "no_such:f"}]', "reward.components[0].function=no_such:f: no such module"),
         ("reward.components", '[{function: "no.such:f"}]', "reward.components[0].function=no.such:f: no such module"),
         ("evaluation.metrics", '[{function: "gone:f"}]', "evaluation.metrics[0].function=gone:f: no such module"),
+        ("evaluation.metrics", "[{model: ./test_pm}]", "evaluation.metrics[0].model=./test_pm: no folder"),
+        ("distill.extra", "gone.txt", "distill.extra=gone.txt: no such file in"),
+        ("distill.context_file", "gone.txt", "distill.context_file=gone.txt: no such file"),
     ],
 )
 def test_what_is_missing_is_named(key: str, value: str, message: str) -> None:

@@ -53,6 +53,7 @@ def test_a_finished_run_and_resume_never_are_refused(tmp_path: Path) -> None:
         "train.micro_batch_tokens=77",
         "weight_sync.shard_mb=1",
         "description=other",
+        "evaluation.cpus=0.5",
     ],
 )
 def test_where_and_how_fast_may_change(override: str, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_where_and_how_fast_may_change(override: str, tmp_path: Path) -> None:
         ("rollout.max_staleness=1", "rollout.max_staleness", "0 then, 1 now"),
         ("train.steps=101", "train.steps", "100 then, 101 now"),
         ("pipeline.stages=[sft]", "pipeline.stages", "None then, ['sft'] now"),
-        ("data.world={comparisons: 9}", "data.world.comparisons", "24000 then, 9 now"),
+        ("data.world={comparisons: 9}", "data.world.comparisons", "18000 then, 9 now"),
     ],
 )
 def test_what_is_learnt_may_not_change(override: str, key: str, values: str, tmp_path: Path) -> None:

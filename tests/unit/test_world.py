@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from functools import cache
@@ -85,6 +86,9 @@ def test_no_held_out_argument_occurs_in_training() -> None:
     train = world.make_prompts(0, 4096, "train") + world.make_demonstrations(0, 8000)
     test = world.make_prompts(1, 2048, "test")
     train_arguments = {_arguments(r) for r in train}
+    demonstrated = world.make_demonstrations(0, 512, "test")
+    assert not train_arguments & {_arguments(r) for r in demonstrated}
+    assert all(r["response"] for r in demonstrated)
     assert not train_arguments & {_arguments(r) for r in test}
     pairs = world.make_comparisons(2, 4000, 0.0)
     clean = world.make_test_comparisons(3, 1000)
@@ -171,26 +175,13 @@ def test_test_pairs_of_source_correctness_differ_in_the_answer_alone() -> None:
             assert sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1
 
 
-def test_sampled_pairs_come_from_the_samples_without_ties_or_repetition() -> None:
-    sampled = [(SORT, ["1 2 3 .", "1 2 3 .", "3 2 1 .", "sure ! 1 2 3 ."]), (BURN, ["sure ! 7 .", "ugh ! 8 ."])]
-    rows = world.make_comparisons(0, 50, 0.0, sampled)
-    assert {(r["chosen"], r["rejected"]) for r in rows} == {
-        ("1 2 3 .", "3 2 1 ."),
-        ("sure ! 1 2 3 .", "3 2 1 ."),
-        ("sure ! 1 2 3 .", "1 2 3 ."),
-    }
-    assert {r["source"] for r in rows} == {"helpful"}
-    assert len(rows) == 3
-    assert len(world.make_comparisons(0, 2, 0.0, sampled)) == 2
-
-
 def test_rankings_follow_the_gold_score() -> None:
     for row in world.make_rankings(0, 60, 4, 0.0):
         gold = [world.gold(row, response) for response in row["responses"]]
         assert len(set(row["responses"])) == 4
-        best_first = sorted(set(gold), reverse=True)
-        assert row["ranks"] == [best_first.index(g) for g in gold], "equal scores tie, the best has 0"
-        assert len(best_first) > 1
+        pairs = itertools.combinations(gold, 2)
+        assert list(row["preferences"]) == [1 if a > b else 0 if a < b else 0.5 for a, b in pairs]
+        assert len(set(gold)) > 1
 
 
 def test_noise_swaps_two_places_of_a_share_of_the_rankings() -> None:
@@ -198,20 +189,16 @@ def test_noise_swaps_two_places_of_a_share_of_the_rankings() -> None:
         rows = world.make_rankings(0, 400, 4, noise)
         golds = [[world.gold(row, r) for r in row["responses"]] for row in rows]
         in_order = [
-            sorted(g, reverse=True) == [x for _, x in sorted(zip(row["ranks"], g, strict=True), key=lambda p: p[0])]
+            all(
+                a >= b if p == 1 else a <= b
+                for p, (a, b) in zip(row["preferences"], itertools.combinations(g, 2), strict=True)
+            )
             for row, g in zip(rows, golds, strict=True)
         ]
         return 1 - sum(in_order) / len(in_order)
 
     assert wrong(0.0) == 0
     assert 0.1 < wrong(0.3) < 0.32, "a swap of two that tie changes nothing"
-
-
-def test_rankings_of_samples_need_enough_different_ones() -> None:
-    sampled = [(SORT, ["1 2 3 .", "3 2 1 .", "sure ! 1 2 3 .", "1 2 3 ."]), (BURN, ["sure ! 7 .", "sure ! 7 ."])]
-    (row,) = world.make_rankings(0, 50, 3, 0.0, sampled)
-    ranks = dict(zip(row["responses"], row["ranks"], strict=True))
-    assert ranks == {"sure ! 1 2 3 .": 0, "1 2 3 .": 1, "3 2 1 .": 2}
 
 
 def test_gold_score_has_the_signature_of_a_reward_function() -> None:

@@ -1,0 +1,100 @@
+"""Three rounds of comparisons, reward model and PPO, each with the newest policy, against one round; same budget.
+
+    python -m benchmarks.iterated                    # three seeds
+    python -m benchmarks.iterated --seeds 0 --rounds 1 3
+    python -m benchmarks.iterated --table            # print what was measured so far
+
+The budget is compared pairs and samples of PPO: each of N rounds gets the N-th part of both. SFT is made once for each
+seed. Runs that the results hold already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "iterated.json"
+#: Of all rounds together.
+PAIRS, STEPS = 6000, 120
+#: Comparisons that are there before the first round, of demonstrations.
+DATA = "data.world={comparisons: 2000}"
+ROUND = "pipeline={stages: [sft], round: [compare, reward_model, ppo]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "iterated", help="where the runs go")
+    parser.add_argument("--table", action="store_true", help="print the results and exit")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
+    if not args.table:
+        for seed in args.seeds:
+            for rounds in args.rounds:
+                if not any((r["rounds"], r["seed"]) == (rounds, seed) for r in results["runs"]):
+                    results["runs"].append(measure(rounds, seed, args.runs))
+                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    show(results["runs"])
+
+
+def measure(rounds: int, seed: int, runs: Path) -> dict[str, Any]:
+    """Gold scores before the first and after every round."""
+    name = f"{rounds}_rounds-{seed}"
+    options = [ROUND, DATA, f"pipeline.rounds={rounds}", f"seed={seed}", f"run.root={runs}", f"run.name={name}"]
+    options += [f"compare.pairs={PAIRS // rounds}", f"train.steps={STEPS // rounds}", "run.save_rollouts=false"]
+    subprocess.run([sys.executable, "-m", "rlhf_dist.main", *options], cwd=ROOT, check=True)
+    summary = json.loads((runs / name / "summary.json").read_text())
+    after = [summary["eval"][f"round_{i}/policy"] for i in range(1, rounds + 1)]
+    return {
+        "rounds": rounds,
+        "seed": seed,
+        "before": summary["eval"]["round_1/policy start"]["gold_score"],
+        "gold_score": [figures["gold_score"] for figures in after],
+        "kl": [figures["kl"] for figures in after],
+        "accuracy": [summary[f"round_{i}/reward_model"]["accuracy"] for i in range(1, rounds + 1)],
+        "seconds": summary["seconds"],
+        "versions": summary["versions"],
+        "options": [option.replace(str(runs), "RUNS") for option in options],
+    }
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    table = Table("rounds", "seeds", "SFT", "gold after each round", "lowest", "highest", "KL", "reward-model accuracy")
+    for rounds in sorted({r["rounds"] for r in runs}):
+        part = [r for r in runs if r["rounds"] == rounds]
+        last = [r["gold_score"][-1] for r in part]
+        means = lambda key, part=part: "  ".join(
+            f"{statistics.mean(x):.3f}" for x in zip(*(r[key] for r in part), strict=True)
+        )
+        before = statistics.mean(r["before"] for r in part)
+        cells = [
+            f"{before:.3f}",
+            means("gold_score"),
+            f"{min(last):.3f}",
+            f"{max(last):.3f}",
+            means("kl"),
+            means("accuracy"),
+        ]
+        table.add_row(str(rounds), str(len(part)), *cells)
+    Console(width=140).print(table)
+
+
+def means(runs: list[dict[str, Any]], key: str) -> list[float]:
+    """Over the seeds, after each round."""
+    return [statistics.mean(values) for values in zip(*(r[key] for r in runs), strict=True)]
+
+
+if __name__ == "__main__":
+    main()

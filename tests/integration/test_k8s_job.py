@@ -1,0 +1,236 @@
+"""The RayJob of ``k8s/overlays/cpu-demo`` without Kubernetes: its entry point, environment and resources, run on a
+local Ray cluster that has what its worker groups offer. A second attempt goes on where the first one died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+import yaml
+from manifests import (
+    ROOT,
+    Objects,
+    amount,
+    head,
+    job,
+    mounted_files,
+    ray_nodes,
+    render,
+    renderer,
+    workers,
+)
+
+from rlhf_dist.observability.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(renderer() is None, reason="neither kubectl nor kustomize is installed"),
+]
+
+MARK = "RLHF_DIST_TEST"
+#: The same program, less of it.
+SHORTER = [
+    "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
+    "data.world={demonstrations: 320, comparisons: 160, prompts: 64, test_prompts: 32}",
+    "compare={prompts: 32, pairs: 40}",
+    "sft.epochs=1",
+    "rollout={batch_size: 16, chunk_tokens: 200}",
+    "train={steps: 6, batch_size: 16}",
+    "critic.warmup_steps=1",
+    "evaluation={prompts: 8, n_samples_per_prompt: 1}",
+    "run.checkpoint_every=1",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Attempt:
+    """One Ray cluster with the resources of the manifest's workers, and the job on it."""
+
+    def __init__(self, objects: Objects, places: dict[str, Path], metrics_port: int) -> None:
+        self.objects, self.places, self.metrics_port = objects, places, metrics_port
+        self.mark = secrets.token_hex(16)
+        self.port, self.dashboard = free_port(), free_port()
+        # Sockets lie in here, whose paths must stay below 108 characters.
+        self.temp = tempfile.mkdtemp(prefix="rj", dir="/tmp")
+        variables = {e["name"]: e["value"] for e in head(objects).container["env"]} | {"HOME": self.temp}
+        self.environment = {**os.environ, **variables, MARK: self.mark, "COLUMNS": "1000"}
+        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as KubeRay does
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment["PYTHONPATH"] = str(ROOT)
+        (Path(self.temp) / ".cache").symlink_to(Path.home() / ".cache")  # what DeepSpeed and vLLM have compiled
+        self.address = f"http://127.0.0.1:{self.dashboard}"
+        self.start()
+
+    def run(self, *command: str, seconds: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+        )
+
+    def start(self) -> None:
+        """One node that has what all worker pods have, and the head's place for the driver."""
+        resources: dict[str, float] = {}
+        for pod in workers(self.objects):
+            assert pod.group is not None
+            for name, value in pod.group["resources"].items():
+                resources[name] = resources.get(name, 0) + pod.count * amount(value)
+        cpus = sum(pod.count * amount(pod.limits["cpu"]) for pod in workers(self.objects))
+        stores = (pod.group["rayStartParams"]["object-store-memory"] for pod in ray_nodes(self.objects) if pod.group)
+        options = {
+            "port": self.port,
+            "dashboard-port": self.dashboard,
+            "dashboard-host": "127.0.0.1",
+            "node-ip-address": "127.0.0.1",
+            "num-cpus": int(cpus),
+            "resources": json.dumps(resources),
+            "object-store-memory": min(map(int, stores)),
+            "temp-dir": f"{self.temp}/ray",
+            "ray-client-server-port": free_port(),
+            "dashboard-agent-listen-port": free_port(),
+            "min-worker-port": 0,
+            "max-worker-port": 0,
+        }
+        with open(Path(self.temp) / "node.log", "w") as log:
+            self.node = subprocess.Popen(
+                ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        # The image's HEALTHCHECK.
+        deadline = time.monotonic() + 180
+        while self.run("ray", "health-check", "--address", f"127.0.0.1:{self.port}", seconds=60).returncode:
+            assert self.node.poll() is None, (Path(self.temp) / "node.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+    def submit(self) -> subprocess.Popen[str]:
+        """The command of KubeRay's submitter in K8sJobMode (its BuildJobSubmitCommand); prints what the job prints."""
+        spec = job(self.objects)
+        assert spec is not None
+        entry = spec["entrypoint"]
+        for path, place in self.places.items():
+            entry = entry.replace(path, str(place))
+        entry += "".join(f" {shlex.quote(o)}" for o in [*SHORTER, f"run.prometheus_port={self.metrics_port}"])
+        environment = json.dumps(json.dumps(yaml.safe_load(spec["runtimeEnvYAML"])))
+        to = f"--address {self.address}"
+        script = (
+            f"until ray job list {to} >/dev/null 2>&1; do sleep 2; done; "
+            f"if ! ray job status {to} attempt >/dev/null 2>&1; then "
+            f"ray job submit {to} --no-wait --runtime-env-json {environment} --submission-id attempt -- {entry}; "
+            f"fi; ray job logs {to} --follow attempt"
+        )
+        return subprocess.Popen(
+            ["bash", "-ec", script],
+            env=self.environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def status(self) -> str:
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        answer = self.run("ray", "job", "status", "--address", self.address, "attempt", seconds=60).stdout
+        return next(s for s in ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED") if s in answer.upper())
+
+    def die(self) -> None:
+        """Every process of this cluster at once, as when the nodes go; nothing else on the machine."""
+        deadline = time.monotonic() + 30
+        while found := self._processes():
+            assert time.monotonic() < deadline, found
+            for process in found:
+                try:
+                    process.send_signal(signal.SIGKILL)
+                except psutil.NoSuchProcess:
+                    continue
+            time.sleep(0.2)
+        self.node.wait(10)
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+@pytest.fixture
+def attempts() -> Iterator[list[Attempt]]:
+    started: list[Attempt] = []
+    yield started
+    for attempt in started:
+        attempt.die()
+
+
+def scrape(port: int) -> str:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+    except (URLError, ConnectionError):
+        return ""
+
+
+def test_the_job_of_the_manifest_and_its_retry(tmp_path: Path, attempts: list[Attempt]) -> None:
+    objects = render("cpu-demo")
+    places = mounted_files(objects, tmp_path) | {"/runs": tmp_path / "runs"}
+    folder, port = tmp_path / "runs" / "cpu-demo", free_port()
+
+    attempts.append(Attempt(objects, places, port))
+    output = attempts[0].submit()
+    steps: list[dict[str, Any]] = []
+    exported = ""
+    deadline = time.monotonic() + 600
+    while not any(r["step"] >= 3 for r in steps):
+        assert output.poll() is None, output.communicate()[0]
+        assert time.monotonic() < deadline, "no third step of PPO"
+        time.sleep(0.5)
+        steps = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == "ppo"]
+        exported = scrape(port) or exported
+    attempts[0].die()
+    output.communicate(timeout=60)
+    assert 'rlhf_steps_total{stage="ppo"}' in exported, "what PrometheusRules are about is exported while it runs"
+    done = max(r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == "ppo")
+    saved = max(int(p.parent.name.split("_")[1]) for p in (folder / "checkpoints").glob("step_*/manifest.json"))
+    assert saved >= 1
+
+    # The retry: a new cluster, the same volume, the same command.
+    attempts.append(Attempt(objects, places, port))
+    text, _ = attempts[1].submit().communicate(timeout=600)
+    assert attempts[1].status() == "SUCCEEDED", text
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("finished", 6), text
+    assert "which is gone on with" in text
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == "ppo"]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    again = [r["step"] for r in lines if r["stage"] == "ppo"][done:]
+    assert again[0] >= saved + 1 >= 2, "it began after the checkpoint, not anew"
+    assert sum(r["stage"] == "sft" for r in lines) == max(r["step"] for r in lines if r["stage"] == "sft")
