@@ -108,11 +108,12 @@ class Job:
                 continue
         return found
 
-    def assert_nothing_left(self, seconds: float = 20) -> None:
+    def assert_nothing_left(self, seconds: float = 60) -> None:
+        """Seconds: Ray's node ends within 3 of its driver; now and then a worker that was just starting takes longer."""
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert left == []
+        assert left == [], f"still there after {seconds:g} s: {left}"
 
     def assert_failed(self, code: int, message: str) -> None:
         assert self.code == code, self.output

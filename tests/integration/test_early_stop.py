@@ -70,6 +70,7 @@ def test_its_figures_are_those_of_that_evaluation(whole: Job) -> None:
     assert "Over-optimisation" in (whole.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_after_a_break_it_ends_in_the_same_place(whole: Job, start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *STOPPING).wait_for_step(4)
     job.process.send_signal(signal.SIGKILL)
