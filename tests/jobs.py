@@ -109,7 +109,7 @@ class Job:
         return found
 
     def assert_nothing_left(self, seconds: float = 60) -> None:
-        """Seconds: Ray's node ends within 3 of its driver; now and then a worker that was just starting takes longer."""
+        """Ray's node mostly ends within 3 seconds of its driver; now and then a process takes more than 20."""
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
