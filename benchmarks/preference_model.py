@@ -88,7 +88,7 @@ def execute(folder: Path, arguments: list[str]) -> Path:
 
 def compare(folder: Path, seed: int, noise: float) -> dict[str, Any]:
     """Figures of the run in ``folder`` on all test pairs and on those of each source, beside the bag of bigrams."""
-    outcomes = pq.read_table(folder / "held_out_pairs.parquet")
+    outcomes = pq.read_table(folder / "reward_model" / "held_out_pairs.parquet")
     summary = json.loads((folder / "summary.json").read_text())
     bag = bag_of_bigrams(*texts(folder, noise)) if HAS_SKLEARN else None
     sources, preference = (outcomes[name].to_numpy(zero_copy_only=False) for name in ("source", "preference"))
@@ -125,7 +125,7 @@ def texts(folder: Path, noise: float) -> tuple[Texts, Texts]:
     cfg, tokenizer = load(str(folder / "config.yaml")), load_tokenizer(str(folder / "tokenizer"))
     found = []
     for split, share in (("train", noise), ("test", 0.0)):
-        table, _ = load_comparisons(cfg, str(folder / "tokenizer"), split, cfg.reward_model.max_length, None, share)
+        table, _ = load_comparisons(cfg, str(folder / "tokenizer"), split, cfg.reward_model.max_length, (), share)
         sides = (table[name].to_pylist() for name in ("chosen_ids", "rejected_ids"))
         chosen, rejected = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in sides)
         found.append((chosen, rejected))

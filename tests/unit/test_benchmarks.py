@@ -134,7 +134,8 @@ def finished_run(folder: Path) -> Path:
         "longer": rng.integers(-5, 5, 20),
         "preference": pa.array([1.0] * 20, pa.float32()),
     }
-    pq.write_table(pa.table(columns), folder / "held_out_pairs.parquet")
+    (folder / "reward_model").mkdir()
+    pq.write_table(pa.table(columns), folder / "reward_model" / "held_out_pairs.parquet")
     summary = {"reward_model": {"flipped": 7}, "versions": {}, "commit": None, "status": "finished"}
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -155,7 +156,8 @@ def test_both_classifiers_read_the_pairs_of_the_run(preference_model: Any, tmp_p
 
 def test_figures_of_each_half(preference_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = finished_run(tmp_path)
-    right = pq.read_table(folder / "held_out_pairs.parquet")["difference"].to_numpy() > 0
+    outcomes = pq.read_table(folder / "reward_model" / "held_out_pairs.parquet")
+    right = outcomes["difference"].to_numpy() > 0
     bag = np.where(np.arange(20) < 15, 1.0, -1.0)
     monkeypatch.setattr(preference_model, "HAS_SKLEARN", False)
     bare = preference_model.compare(folder, 0, 0.3)
@@ -164,9 +166,7 @@ def test_figures_of_each_half(preference_model: Any, tmp_path: Path, monkeypatch
         part = bare["parts"][name]
         assert part["accuracy"] == right[rows].mean()
         assert "bigrams" not in part
-        beside = preference_model.beside_bag(
-            pq.read_table(folder / "held_out_pairs.parquet"), bag, np.isin(np.arange(20), np.arange(20)[rows]), seed=0
-        )
+        beside = preference_model.beside_bag(outcomes, bag, np.isin(np.arange(20), np.arange(20)[rows]), seed=0)
         assert beside["bigrams"] == (bag[rows] > 0).mean()
         assert beside["to_bigrams"] == pytest.approx(right[rows].mean() - (bag[rows] > 0).mean())
         low, high = beside["to_bigrams_interval"]
