@@ -9,13 +9,14 @@ ties, labels that contradict each other (A > B > C > A) and any number of annota
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 Preferences = tuple[float, ...]
+T = TypeVar("T")
 
 NOT_COMPARED = math.nan
 
@@ -33,6 +34,16 @@ def by_rank(ranks: Sequence[float]) -> Preferences:
 def pooled(annotators: Sequence[Preferences]) -> Preferences:
     """The mean over the annotators of all pairs."""
     return tuple(np.mean(annotators, axis=0).tolist())
+
+
+def compared(responses: Sequence[T], preferences: Sequence[float]) -> Iterator[tuple[T, T, float]]:
+    """Of each pair that was compared the better response, the other one, and how probable that is, 0.5 or more.
+
+    Of a tie the first counts as the better one.
+    """
+    for (a, b), p in zip(combinations(responses, 2), preferences, strict=True):
+        if not math.isnan(p):
+            yield (a, b, p) if p >= 0.5 else (b, a, 1 - p)
 
 
 def targets(

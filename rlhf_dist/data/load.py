@@ -17,11 +17,9 @@ training prompt in twenty, chosen by a hash of its text.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,10 +286,7 @@ def _targets(cfg: Config, rows: Sequence[Example], split: Split) -> tuple[list[E
 
 def _binarized(row: Example) -> Iterator[Example]:
     """Two comparisons of each pair A > B: GOOD: A > BAD: A, and BAD: B > GOOD: B (Askell et al., 2112.00861, 4.1)."""
-    for (a, b), preference in zip(combinations(row.responses, 2), row.preferences, strict=True):
-        if math.isnan(preference):
-            continue
-        better, worse, share = (a, b, preference) if preference >= 0.5 else (b, a, 1 - preference)
+    for better, worse, share in labels.compared(row.responses, row.preferences):
         yield replace(row, responses=(f"GOOD: {better.strip()}", f"BAD: {better.strip()}"), preferences=(share,))
         yield replace(row, responses=(f"BAD: {worse.strip()}", f"GOOD: {worse.strip()}"), preferences=(share,))
 

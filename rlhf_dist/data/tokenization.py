@@ -10,9 +10,7 @@ EOS. Prompt and response are tokenized apart, exactly as in generation.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_dist import schema
+from rlhf_dist.data import labels
 from rlhf_dist.data.formats import Example, Message
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -185,14 +184,12 @@ def tokenize_comparisons(
     too_long = 0
     texts = zip(_prompt_ids(tokenizer, rows), _responses_to_compare(tokenizer, rows), strict=True)
     for row, (prompt, responses) in zip(rows, texts, strict=True):
-        for (chosen, rejected), preference in zip(combinations(responses, 2), row.preferences, strict=True):
-            if math.isnan(preference):
-                continue
+        for chosen, rejected, preference in labels.compared(responses, row.preferences):
             if len(prompt) + max(len(chosen), len(rejected)) > max_length:
                 too_long += 1
                 continue
-            sides = (chosen, rejected, preference) if preference >= 0.5 else (rejected, chosen, 1 - preference)
-            for column, value in zip(table.values(), (prompt, *sides, row.margin, row.source), strict=True):
+            pair = (prompt, chosen, rejected, preference, row.margin, row.source)
+            for column, value in zip(table.values(), pair, strict=True):
                 column.append(value)
     return pa.table(table, schema=schema.COMPARISON), too_long
 
