@@ -22,6 +22,7 @@ from rlhf_dist.actors.group import WATCH, Group, Holder, Resources, Worker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import AlgoConfig, RewardConfig
+from rlhf_dist.data import parquet
 from rlhf_dist.data.experience import (
     Joinable,
     ScoreScale,
@@ -110,15 +111,10 @@ class Experience(Worker):
         self._writing = self._writer.submit(self._write_now, self.rollout_dir, step, table)
 
     def _write_now(self, folder: Path, step: int, table: pa.Table) -> None:
-        import pyarrow.parquet as pq
-
-        folder.mkdir(parents=True, exist_ok=True)
         for name in ("response", "prompt"):
             texts = self.tokenizer.batch_decode(table[f"{name}_ids"].to_pylist())
             table = table.add_column(0, name, pa.array(texts))
-        path = _file(folder, step)
-        pq.write_table(table, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
+        parquet.write(table, _file(folder, step))
 
     def ensure_written(self, step: int, table: pa.Table) -> None:
         """The file of a step is there when this returns, also where the process died that began to write it."""

@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_dist import schema
+from rlhf_dist.data import labels
 from rlhf_dist.data.batching import Ragged
+from rlhf_dist.data.parquet import write
 
 SAMPLES_FILE, ASKED_FILE, ANSWERS_FILE, COMPARISONS_FILE = (
     "samples.parquet",
@@ -164,20 +166,13 @@ def by_people(folder: Path, source: str) -> int:
 
 def comparisons_of(rankings: pa.Table) -> pa.Table:
     """The compared pairs of ``schema.RANKING`` as ``schema.COMPARISON``; of a tie the first counts as chosen."""
-    columns: dict[str, list[Any]] = {name: [] for name in schema.COMPARISON.names}
-    for ids, responses, preferences, source in zip(
-        *(rankings[name].to_pylist() for name in ("prompt_ids", "responses", "preferences", "source")), strict=True
-    ):
-        for (i, j), p in zip(itertools.combinations(range(len(responses)), 2), preferences, strict=True):
-            if p is None or p != p:
-                continue
-            chosen, rejected = (i, j) if p >= 0.5 else (j, i)
-            row = (ids, responses[chosen], responses[rejected], 0.0, source, max(p, 1 - p))
-            for name, value in zip(
-                ("prompt_ids", "chosen_ids", "rejected_ids", "margin", "source", "preference"), row, strict=True
-            ):
-                columns[name].append(value)
-    return pa.table(columns, schema=schema.COMPARISON)
+    pairs = [
+        (row["prompt_ids"], chosen, rejected, preference, 0.0, row["source"])
+        for row in rankings.to_pylist()
+        for chosen, rejected, preference in labels.compared(row["responses"], row["preferences"])
+    ]
+    columns = zip(*pairs, strict=True) if pairs else [()] * len(schema.COMPARISON)
+    return pa.table([list(column) for column in columns], schema=schema.COMPARISON)
 
 
 def _pairs(row: int, responses: int) -> list[Pair]:
@@ -202,10 +197,3 @@ def read(folder: Path) -> pa.Table:
     """The comparisons in the folder of a stage: ``schema.RANKING`` with ``source``."""
     names = [*schema.RANKING.names, "source"]
     return pq.read_table(folder / COMPARISONS_FILE, columns=names)
-
-
-def write(table: pa.Table, path: Path) -> None:
-    """Complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)

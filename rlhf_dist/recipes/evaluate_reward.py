@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray import ObjectRef
 
 from rlhf_dist.actors.data import load_table
+from rlhf_dist.data import parquet
 from rlhf_dist.evaluation.preferences import judge
 from rlhf_dist.recipes import groups
 from rlhf_dist.run import Run
@@ -65,8 +65,7 @@ def held_out_comparisons(run: Run) -> tuple[ObjectRef, int]:
 
 def report(run: Run, outcomes: pa.Table) -> None:
     """Figures of ``LearnerGroup.pair_outcomes`` into summary and terminal, the outcomes into the result."""
-    Path(run.result).mkdir(parents=True, exist_ok=True)
-    pq.write_table(outcomes, Path(run.result) / "held_out_pairs.parquet")
+    parquet.write(outcomes, Path(run.result) / "held_out_pairs.parquet")
     found = judge(outcomes, run.cfg.seed)
     for name, value in found.items():
         run.summary.set(f"{run.stage.label}.{name}", value)
