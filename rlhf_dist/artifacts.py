@@ -120,5 +120,17 @@ def _digest(path: Path) -> str:
         files = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
         return blake3(json.dumps(files, sort_keys=True).encode()).hexdigest(16)
     if path.is_dir():
-        return blake3(json.dumps(checkpoint.describe(path), sort_keys=True).encode()).hexdigest(16)
-    return blake3().update_mmap(path).hexdigest(16) if path.is_file() else str(path)
+        files = {str(file.relative_to(path)): _content(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        return blake3(json.dumps(files).encode()).hexdigest(16)
+    return _content(path) if path.is_file() else str(path)
+
+
+def _content(file: Path) -> str:
+    about = file.stat()
+    return _read(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _read(file: Path, size: int, mtime_ns: int) -> str:
+    """Once for all stages: every one of them asks for the model and the data."""
+    return blake3().update_mmap(file).hexdigest(16)
