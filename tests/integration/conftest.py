@@ -64,6 +64,20 @@ def engines_in_this_process() -> Iterator[None]:
     cleanup_dist_env_and_memory()
 
 
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory: pytest.TempPathFactory, config: str) -> Callable[..., Job]:
+    """A run to its end, for all tests of a module."""
+
+    def run(*arguments: str) -> Job:
+        place = tmp_path_factory.mktemp("whole")
+        (place / "my_rewards.py").write_text(REWARDS)
+        job = Job(place, ["--config", config, *arguments]).wait()
+        assert job.code == 0, job.output
+        return job
+
+    return run
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Start a run; whatever the test does, its processes end with the test."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import REWARDS, Job
+from jobs import Job
 from safetensors.torch import load_file
 
 from rlhf_dist.checkpoint import complete
@@ -32,13 +32,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, config: str) -> Job:
+def whole(finish: Callable[..., Job]) -> Job:
     """A run without a break."""
-    place = tmp_path_factory.mktemp("whole")
-    (place / "my_rewards.py").write_text(REWARDS)
-    job = Job(place, ["--config", config, *STOPPING]).wait()
-    assert job.code == 0, job.output
-    return job
+    return finish(*STOPPING)
 
 
 def test_the_result_is_the_policy_of_the_best_evaluation(whole: Job) -> None:

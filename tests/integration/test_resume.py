@@ -51,15 +51,9 @@ def assert_same(resumed: Job, whole: Job) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, config: str) -> Job:
+def whole(finish: Callable[..., Job]) -> Job:
     """A run without a break."""
-    from jobs import REWARDS
-
-    place = tmp_path_factory.mktemp("whole")
-    (place / "my_rewards.py").write_text(REWARDS)
-    job = Job(place, ["--config", config, *PPO]).wait()
-    assert job.code == 0, job.output
-    return job
+    return finish(*PPO)
 
 
 def test_after_kill_9_it_goes_on_as_if_nothing_had_happened(whole: Job, start: Callable[..., Job], config: str) -> None:
