@@ -37,9 +37,15 @@ class SnapshotEngine(CheckpointEngine):
         self._files[path] = self._copy(state_dict)
 
     def write(self) -> None:
-        """Write what was copied."""
+        """Write what was copied.
+
+        Raises:
+            OSError: it cannot be written; the disk is full, for example.
+        """
         for path, state in self._files.items():
-            torch.save(state, path)
+            # Into an open file: torch's own writer says "unexpected pos" of a full disk, Python says what it is.
+            with open(path, "wb") as file:
+                torch.save(state, file)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         # DeepSpeed's files hold its own objects beside tensors. They are this program's, found under the run folder,
