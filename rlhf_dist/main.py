@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(dump(cfg), end="")
         return 0
     if args.dry_run:
-        from rlhf_dist.planner import plan
+        from rlhf_dist.dry_run import dry_run
 
-        return plan(cfg)
+        return dry_run(cfg)
     from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 

@@ -1,7 +1,7 @@
-"""``--dry-run``: what a config means, before anything is loaded. Resolves, checks files, prints, exits.
+"""Which processes a config means, whether the cluster has place for them, and whether its files are there.
 
-Also used at the start of a run on a local cluster, so that a placement that
-cannot fit is refused in a second instead of waited for.
+Used by ``--dry-run`` and at the start of a run, so that a placement that cannot
+fit is refused in a second instead of waited for.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_dist.config import Config, LearnerConfig, Stage
-from rlhf_dist.observability.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,20 @@ class Role:
     """Of each process."""
     gpus: float
     what: str
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources of each process."""
 
 
 def roles(cfg: Config) -> list[Role]:
     """Every process of every stage; stages run one after the other. Rounds are alike, and the first stands for all."""
-    return [role for stage in cfg.stages if stage.round < 2 for role in _roles(cfg.of(stage), stage)]
+    return [role for stage in cfg.stages if stage.round < 2 for role in stage_roles(cfg.of(stage), stage)]
 
 
-def _roles(cfg: Config, stage: Stage) -> list[Role]:
+def stage_roles(cfg: Config, stage: Stage) -> list[Role]:
+    """Those of one stage, whose config ``cfg`` is."""
     label, generator, r = stage.label, _generator(cfg), cfg.reward
     components = " + ".join(_component(cfg, i) for i in range(len(r.components)))
-    reward = Role(label, "reward", r.replicas, r.cpus, r.gpus, components)
+    reward = Role(label, "reward", r.replicas, r.cpus, r.gpus, components, r.resources)
     match stage.recipe:
         case "sft":
             return [_learner(label, "sft", cfg.sft.learner)]
@@ -60,7 +62,7 @@ def _roles(cfg: Config, stage: Stage) -> list[Role]:
             return [Role(label, *generator), *([] if cfg.trains_reward else [reward]), *_metrics(label, cfg)]
         case "evaluate_reward":
             c = cfg.reward_model.learner
-            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group")]
+            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group", c.resources)]
     raise AssertionError(stage.recipe)
 
 
@@ -134,72 +136,33 @@ def _check_files(cfg: Config) -> list[str]:
     return problems
 
 
-def plan(cfg: Config) -> int:
-    """Print the plan; exit code 0, or 2 if a file is missing."""
-    terminal = Terminal()
-    terminal.title(f"{cfg.recipe}: {cfg.description}" if cfg.description else cfg.recipe)
-    if cfg.runs_ppo:
-        ppo = next(stage for stage in cfg.stages if stage.recipe == "ppo")
-        terminal.table("One PPO step", ["", ""], _arithmetic(cfg.of(ppo)))
-    rows = [
-        [r.stage, r.role, str(r.processes), f"{r.cpus:g}", f"{r.gpus:g}", str(_threads(r)), r.what] for r in roles(cfg)
-    ]
-    terminal.table("Processes", ["stage", "role", "processes", "CPUs each", "GPUs each", "threads", ""], rows)
-    for stage in dict.fromkeys(r.stage for r in roles(cfg)):
-        parts = [r for r in roles(cfg) if r.stage == stage]
-        cpus, gpus = (sum(r.processes * getattr(r, kind) for r in parts) for kind in ("cpus", "gpus"))
-        terminal.info(f"stage {stage} needs {cpus:g} CPUs and {gpus:g} GPUs")
-    problems = check_files(cfg)
-    for problem in problems:
-        terminal.error(problem)
-    if not problems:
-        terminal.info("files: all there")
-    return 2 if problems else 0
-
-
-def _arithmetic(cfg: Config) -> list[list[str]]:
-    r, t = cfg.rollout, cfg.train
-    samples = cfg.samples_per_step
-    longest = r.max_prompt_length + r.max_response_length
-    return [
-        ["prompts", f"{r.batch_size} (rollout.batch_size)"],
-        ["samples", f"{r.batch_size} x {r.n_samples_per_prompt} (rollout.n_samples_per_prompt) = {samples}"],
-        [
-            "optimizer steps",
-            f"{t.epochs} (train.epochs) x {samples} / {t.batch_size} (train.batch_size) = {cfg.updates_per_step}",
-        ],
-        ["tokens, at most", f"{samples} x ({r.max_prompt_length} + {r.max_response_length}) = {samples * longest:,}"],
-        [
-            "micro-batch of one rank",
-            f"{t.micro_batch_tokens:,} tokens: {max(1, t.micro_batch_tokens // longest)} samples or more",
-        ],
-        ["all steps", f"{t.steps} (train.steps) x {samples} = {t.steps * samples:,} samples"],
-    ]
-
-
 def _learner(stage: str, role: str, c: LearnerConfig) -> Role:
-    return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}")
+    return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}", c.resources)
 
 
 def _reference(stage: str, cfg: Config) -> Role:
     r = cfg.reference
-    return Role(stage, "reference", r.replicas, r.cpus, r.gpus, "one ZeRO-3 group" if r.sharded else "replicas")
+    what = "one ZeRO-3 group" if r.sharded else "replicas"
+    return Role(stage, "reference", r.replicas, r.cpus, r.gpus, what, r.resources)
 
 
-def _generator(cfg: Config) -> tuple[str, int, float, float, str]:
+def _generator(cfg: Config) -> tuple[str, int, float, float, str, dict[str, float]]:
     g = cfg.generator
     tp = g.tensor_parallel_size
-    return "generator", g.replicas, g.cpus * tp, g.gpus, f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM"
+    return (
+        "generator",
+        g.replicas,
+        g.cpus * tp,
+        g.gpus,
+        f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM",
+        g.resources,
+    )
 
 
 def _component(cfg: Config, i: int) -> str:
     c = cfg.reward.components[i]
     source = c.model or c.function or c.place
     return f"{c.weight:g} * {source}" if c.weight != 1 else source
-
-
-def _threads(role: Role) -> int:
-    return max(1, int(role.cpus))
 
 
 def _is_folder_name(path: str) -> bool:

@@ -58,6 +58,10 @@ class ClusterConfig(Section):
     """CPUs of the local cluster; default: those of the machine."""
     object_store_mb: PositiveInt | None = None
     """Object store of the local cluster in MB; default: Ray's."""
+    node_memory_gb: PositiveFloat | None = None
+    """Memory of one node in GB, for --dry-run; default: this machine's, where the run would start a local cluster."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Memory of one GPU in GB, for --dry-run."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Strategy of the placement groups, one for each role."""
 

@@ -1,0 +1,185 @@
+"""Memory as ``--dry-run`` predicts it, against the peak of each process in a run.
+
+    python -m benchmarks.memory                      # five configs with 1 GB of state or more, about ten minutes
+    python -m benchmarks.memory --only sft_zero3
+
+Measured is private memory (``RssAnon``), the largest process of each kind, above a run of the same config with a model
+of next to nothing: what the libraries take. The object store's use is what Ray says is not free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.asynchrony import GRPO, MODEL, random_policy
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+MARK = "RLHF_DIST_MEMORY"
+#: Actor's class -> how the plan calls what it is.
+KINDS = {"LearnerWorker": "learner", "Generator": "generator", "Reference": "reference"}
+PERIOD = 0.02
+
+
+def model(hidden: int, layers: int) -> dict[str, Any]:
+    heads = max(2, hidden // 64)
+    return MODEL | {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
+
+
+TINY = model(64, 1)
+SUPERVISED = ["recipe=sft", "data.world.demonstrations=96", "sft={epochs: 1, batch_size: 16, max_length: 64}"]
+PPO = [
+    "recipe=ppo",
+    "critic.warmup_steps=0",
+    "rollout={batch_size: 16, max_prompt_length: 48, max_response_length: 24}",
+    "train={steps: 4, batch_size: 32}",
+    "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false, metrics: [], group_by: null}",
+    "run.checkpoint_every=1",
+    *GRPO,
+]
+GROUPS = "rollout.n_samples_per_prompt=4"
+#: Name -> the model (hidden size, layers) and the options.
+CONFIGS: dict[str, tuple[tuple[int, int], list[str]]] = {
+    "sft_zero2": ((768, 8), [*SUPERVISED, "sft.learner={ranks: 1, zero_stage: 2}"]),
+    "sft_zero2_bfloat16": ((768, 8), [*SUPERVISED, "model.dtype=bfloat16", "sft.learner={ranks: 2, zero_stage: 2}"]),
+    "sft_zero3": ((768, 8), [*SUPERVISED, "sft.learner={ranks: 2, zero_stage: 3}"]),
+    "grpo": ((768, 8), [*PPO, GROUPS, "algo={advantage_estimator: grpo, kl_coef: 0.05}"]),
+    "ppo_bfloat16": ((640, 8), [*PPO, GROUPS, "model.dtype=bfloat16", "rollout.max_staleness=1"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"configs": {}}
+    results["machine"] = describe()
+    for name in args.only:
+        size, options = CONFIGS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            results["configs"][name] = compare(Path(folder), size, options)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    show(results["configs"])
+
+
+def compare(folder: Path, size: tuple[int, int], options: list[str]) -> dict[str, dict[str, float]]:
+    """Predicted and measured bytes, by kind of process, and of the object store."""
+    large = prepared(folder / "large", model(*size), options)
+    small = prepared(folder / "small", TINY, [*options, "generator.kv_cache_gb=0.02"])
+    base, found = measure(folder / "small", small), measure(folder / "large", large)
+    planned, program = predicted(large), predicted(small)
+    return {
+        kind: {"predicted": planned[kind] - program[kind], "measured": found[kind] - base[kind], "base": base[kind]}
+        for kind in planned
+    }
+
+
+def prepared(folder: Path, shape: dict[str, Any], options: list[str]) -> list[str]:
+    """The options of a run with a random model of this shape."""
+    return [*options, "model.architecture={}", f"model.path={random_policy(folder / 'policy', shape)}"]
+
+
+def predicted(options: list[str]) -> dict[str, float]:
+    """Bytes of the largest process of each kind, and of the object store, as planned."""
+    from rlhf_dist.config_io import load
+    from rlhf_dist.needs import Models, needs, object_store
+
+    cfg = load(None, options)
+    found: dict[str, float] = defaultdict(float)
+    for need in needs(cfg):
+        kind = need.role.role if need.role.role in KINDS.values() else "learner"
+        if need.role.role not in ("reward", "metrics"):
+            found[kind] = max(found[kind], need.memory.host_bytes)
+    if cfg.runs_ppo:
+        found["object store"] = sum(object_store(cfg, Models(cfg).shape(None, cfg.model, 8).trained).values())
+    return dict(found)
+
+
+def measure(folder: Path, options: list[str]) -> dict[str, float]:
+    """Peaks of one run, in bytes."""
+    import ray
+
+    peaks: dict[str, float] = defaultdict(float)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    node = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    environment = {**os.environ, MARK: str(folder), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": node["gcs_address"]}
+    done = threading.Event()
+    sampler = threading.Thread(target=sample, args=(peaks, done))
+    sampler.start()
+    try:
+        command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
+    finally:
+        done.set()
+        sampler.join()
+        ray.shutdown()
+    return dict(peaks)
+
+
+def sample(peaks: dict[str, float], done: threading.Event) -> None:
+    """Look at the actors of this machine's Ray until ``done``."""
+    import ray
+
+    total = ray.cluster_resources()["object_store_memory"]
+    known: dict[int, str] = {}
+    turns = 0
+    while not done.wait(PERIOD):
+        if turns % 25 == 0:
+            known = dict(actors())
+            free = ray.available_resources().get("object_store_memory", 0.0)
+            peaks["object store"] = max(peaks["object store"], total - free)
+        turns += 1
+        for pid, kind in known.items():
+            peaks[kind] = max(peaks[kind], private_bytes(pid))
+
+
+def actors() -> list[tuple[int, str]]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if (match := re.match(r"ray::(\w+)", title)) and match[1] in KINDS:
+            found.append((process.pid, KINDS[match[1]]))
+    return found
+
+
+def private_bytes(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0.0
+    match = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return 1024.0 * int(match[1]) if match else 0.0
+
+
+def show(configs: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table("config", "process", "predicted GB", "measured GB", "ratio", "libraries GB")
+    for name, kinds in configs.items():
+        for kind, figures in kinds.items():
+            planned, found, base = (figures[key] / 1e9 for key in ("predicted", "measured", "base"))
+            table.add_row(name, kind, f"{planned:.2f}", f"{found:.2f}", f"{planned / found:.2f}", f"{base:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
