@@ -48,7 +48,7 @@ class Models:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self._shapes: dict[tuple[str | None, int], Shape] = {}
+        self._shapes: dict[tuple[str | None, int, int], Shape] = {}
 
     def shape(self, path: str | None, model: ModelConfig, sequence: int) -> Shape:
         """Of ``path``, or of the model that the run begins with.
@@ -58,12 +58,13 @@ class Models:
             ValueError: it cannot be built.
         """
         path = path or self.cfg.initial_model
-        if (path, sequence) not in self._shapes:
+        key = (path, model.lora.rank, sequence)
+        if key not in self._shapes:
             from transformers import AutoConfig
 
             config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code) if path else self._new
-            self._shapes[path, sequence] = sizes.shape(config, model, sequence)
-        return self._shapes[path, sequence]
+            self._shapes[key] = sizes.shape(config, model, sequence)
+        return self._shapes[key]
 
     @cached_property
     def _new(self) -> Any:
@@ -212,29 +213,37 @@ def check_memory(found: Sequence[Need], node_bytes: float | None, gpu: float | N
     """
     problems = []
     for need in found:
-        role, memory = need.role, need.memory
-        for kind, has, uses, parts in (
-            ("a node's memory", node_bytes, memory.host_bytes, memory.host),
-            ("its share of a GPU's memory", gpu * min(1, role.gpus) if gpu else None, memory.gpu_bytes, memory.gpu),
+        memory = need.memory
+        for what, has, uses, parts in (
+            ("a node", node_bytes, memory.host_bytes, memory.host),
+            ("a GPU", gpu, memory.gpu_bytes, memory.gpu),
         ):
             if has is not None and uses > has:
                 part = max(parts, key=lambda name: parts[name])
                 problems.append(
-                    f"stage {role.stage}: each {role.role} process needs {uses / GB:.1f} GB, more than {kind}, "
-                    f"{has / GB:.1f} GB; most of it, {parts[part] / GB:.1f} GB, is {part}: {KNOBS[part]}"
+                    f"stage {need.role.stage}: each {need.role.role} process needs {uses / GB:.1f} GB, and {what} has "
+                    f"{has / GB:.1f} GB; {parts[part] / GB:.1f} GB of it is {part}: {KNOBS[part]}"
                 )
-    if not together or node_bytes is None or problems:
+    if problems:
         return problems
     for stage in dict.fromkeys(need.role.stage for need in found):
-        sums = [(n, n.role.processes * n.memory.host_bytes) for n in found if n.role.stage == stage]
-        total = sum(size for _, size in sums)
-        if total > node_bytes:
-            each = ", ".join(
-                f"{n.role.role} {n.role.processes} x {n.memory.host_bytes / GB:.1f} GB"
-                for n, _ in sorted(sums, key=lambda item: -item[1])
-            )
-            problems.append(
-                f"stage {stage} needs {total / GB:.1f} GB ({each}), but this machine has {node_bytes / GB:.1f} GB; "
-                "use fewer processes, a smaller model or more machines"
-            )
+        members = [need for need in found if need.role.stage == stage]
+        sharing = [need for need in members if 0 < need.role.gpus < 1]
+        gpus = math.ceil(sum(n.role.processes * n.role.gpus for n in sharing) - 1e-6)
+        for group, has, kind, where in (
+            (members, node_bytes if together else None, "host", "this machine has"),
+            (sharing, gpu * gpus if gpu else None, "gpu", f"the {gpus} GPUs that they share have"),
+        ):
+            if has is not None and (sums := _sums(group, kind)) and sum(sums.values()) > has:
+                each = ", ".join(f"{name} {size / GB:.1f} GB" for name, size in sums.items())
+                problems.append(
+                    f"stage {stage} needs {sum(sums.values()) / GB:.1f} GB ({each}), and {where} {has / GB:.1f} GB; "
+                    "use fewer processes, a smaller model, or more machines or GPUs"
+                )
     return problems
+
+
+def _sums(found: Sequence[Need], kind: str) -> dict[str, float]:
+    """Role -> bytes of all its processes, the largest first."""
+    sums = {n.role.role: n.role.processes * getattr(n.memory, f"{kind}_bytes") for n in found}
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))

@@ -8,6 +8,7 @@ figures there are those of the ZeRO paper (1910.02054, section 3) and DeepSpeed'
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from rlhf_dist.config import GeneratorConfig, LearnerConfig, ModelConfig
@@ -44,6 +45,8 @@ class Shape:
     saved: float | None
     """Bytes that the forward pass keeps of one token for the backward pass, the head's output left out; None where the
     model cannot be run without data."""
+    layer: float | None
+    """The same of one layer, without checkpointing: what is there while it is computed, again in the backward pass."""
 
     @property
     def trained(self) -> int:
@@ -85,14 +88,16 @@ def shape(config: Any, model: ModelConfig, sequence: int = 512) -> Shape:
     dtype = getattr(torch, model.dtype)
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=model.trust_remote_code
+            config, dtype=dtype, attn_implementation=_attention(), trust_remote_code=model.trust_remote_code
         )
         parameters = sum(p.numel() for p in net.parameters())
         if model.lora.rank:
             net = adapters.add_adapters(net, model.lora)
     added = sum(p.numel() for p in net.parameters()) - parameters
+    plain = saved = _saved(net, sequence, dtype)
     if model.gradient_checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
+        saved = _saved(net, sequence, dtype)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads  # GPT-2 has only the latter
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -102,7 +107,8 @@ def shape(config: Any, model: ModelConfig, sequence: int = 512) -> Shape:
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         kv_bytes=2 * text.num_hidden_layers * heads * head * dtype.itemsize,
-        saved=_saved(net, sequence, dtype),
+        saved=saved,
+        layer=plain / text.num_hidden_layers if plain is not None else None,
     )
 
 
@@ -130,6 +136,29 @@ def _saved(net: Any, sequence: int, dtype: Any) -> float | None:
     except RuntimeError:  # code that looks at data, such as some routers of experts
         return None
     return sum(storage.nbytes() for storage in kept.values()) / sequence
+
+
+@cache
+def _attention() -> str:
+    """Name of an attention that keeps for the backward pass what fused kernels keep, and computes nothing: on "meta"
+    tensors torch takes the one that keeps all weights, which no device does."""
+    import torch
+    from transformers import AttentionInterface
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+            out = torch.empty_like(query)
+            ctx.save_for_backward(query, key, value, out)
+            return out
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
+        groups = query.shape[1] // key.shape[1]  # without FlashAttention keys and values are repeated for their groups
+        key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+        return Fused.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("rlhf_dist_sizes", attention)
+    return "rlhf_dist_sizes"
 
 
 def learner(
@@ -187,8 +216,8 @@ def learner(
 
 
 def _activations(shape: Shape, w: int, tokens: int, predicted: float) -> float:
-    """Of a forward and backward pass: what the layers keep, another layer's worth of gradients, and the logits."""
-    layers = (shape.saved or 0.0) * (1 + 1.5 / shape.layers)
+    """Of a forward and backward pass: what all layers keep, what one is computed with, and the logits."""
+    layers = (shape.saved or 0.0) + 2 * (shape.layer or 0.0)
     return tokens * (layers + predicted * shape.vocabulary * (12 + 3 * w))
 
 
@@ -196,7 +225,7 @@ def frozen(shape: Shape, dtype: str, gpus: float, *, tokens: int, predicted: flo
     """A reference or reward model, of which ``sharded`` processes hold one copy."""
     w, n = width(dtype), shape.parameters
     weights = n * w / sharded + (min(n, LIVE) * w if sharded > 1 else 0.0)
-    forward = tokens * ((shape.saved or 0.0) / shape.layers + predicted * shape.vocabulary * 13)
+    forward = tokens * ((shape.layer or 0.0) + predicted * shape.vocabulary * 13)
     parts = {"weights": weights, "activations": forward}
     program = {"program": PROGRAM["frozen"]}
     return memory(program, parts) if gpus else memory(program | parts)
