@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import psutil
 
+from rlhf_dist import manifest
 from rlhf_dist.config import Config
 from rlhf_dist.needs import GB, Models, Need, check_memory, gpu_bytes, needs, object_store, rollout_bytes
 from rlhf_dist.observability.formats import human
@@ -15,8 +17,14 @@ from rlhf_dist.planner import Role, check_files, roles
 from rlhf_dist.sizes import width
 
 
-def dry_run(cfg: Config) -> int:
-    """Print the plan; exit code 0, or 2 if a file is missing or something cannot fit."""
+def dry_run(cfg: Config, emit: str | None = None) -> int:
+    """Print the plan; exit code 0, or 2 if a file is missing or something cannot fit.
+
+    Args:
+        emit: "k8s": print worker groups for Kubernetes instead.
+    """
+    if emit == "k8s":
+        return _emit(cfg)
     terminal = Terminal()
     terminal.title(f"{cfg.recipe}: {cfg.description}" if cfg.description else cfg.recipe)
     ppo = next((cfg.of(stage) for stage in cfg.stages if stage.recipe == "ppo"), None)
@@ -39,12 +47,28 @@ def dry_run(cfg: Config) -> int:
     return 2 if problems else 0
 
 
+def _emit(cfg: Config) -> int:
+    try:
+        print(manifest.emit(cfg), end="")
+    except OSError as error:
+        print(f"error: the model's config is not here, so sizes are not known: {_first_line(error)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
 def _memory(cfg: Config, ppo: Config | None, terminal: Terminal) -> list[str]:
     """Print what every process needs; returns what cannot fit."""
     try:
         found = needs(cfg)
     except OSError as error:
-        terminal.warn(f"memory: not known, since the model's config is not here: {str(error).splitlines()[0]}")
+        terminal.warn(f"memory: not known, since the model's config is not here: {_first_line(error)}")
         return []
     terminal.table("Memory of each process at its peak", ["stage", "role", "host", "GPU", "of which"], _rows(found))
     if any(need.role.gpus for need in found):

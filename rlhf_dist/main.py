@@ -16,7 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["replay"]:
         return _replay(arguments[1:])
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.emit and not args.dry_run:
+        parser.error("--emit belongs to --dry-run")
     try:
         cfg = load(args.config, args.overrides)
     except ConfigError as error:
@@ -28,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         from rlhf_dist.dry_run import dry_run
 
-        return dry_run(cfg)
+        return dry_run(cfg, args.emit)
     from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 
@@ -75,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")
     parser.add_argument(
         "--dry-run", action="store_true", help="check config and files, print sizes and placement, exit"
+    )
+    parser.add_argument(
+        "--emit",
+        choices=["k8s"],
+        help="with --dry-run: print the worker groups for Kubernetes instead; see k8s/README.md",
     )
     parser.add_argument("--version", action="version", version=f"rlhf_dist {__version__}")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override any key, e.g. train.steps=20")

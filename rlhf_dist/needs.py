@@ -29,7 +29,7 @@ KNOBS = {
     "sharded)",
     "KV cache": "a smaller generator.kv_cache_gb, on GPUs generator.gpu_memory_utilization",
     "checkpoint's copy": "more ranks, which share the copy",
-    "exported model": "model.dtype bfloat16",
+    sizes.EXPORTED: "model.dtype bfloat16",
     "weights to send": "weight_sync.wire_dtype bfloat16, or more ranks",
     "program": "fewer processes on a node",
 }
@@ -41,6 +41,20 @@ class Need:
 
     role: Role
     memory: Memory
+
+    @property
+    def once(self) -> float:
+        """What only the first rank of a group has: the model that is exported."""
+        return self.memory.host.get(sizes.EXPORTED, 0.0)
+
+    @property
+    def host_bytes(self) -> float:
+        """Of all processes together."""
+        return self.role.processes * (self.memory.host_bytes - self.once) + self.once
+
+    @property
+    def gpu_bytes(self) -> float:
+        return self.role.processes * self.memory.gpu_bytes
 
 
 class Models:
@@ -245,5 +259,5 @@ def check_memory(found: Sequence[Need], node_bytes: float | None, gpu: float | N
 
 def _sums(found: Sequence[Need], kind: str) -> dict[str, float]:
     """Role -> bytes of all its processes, the largest first."""
-    sums = {n.role.role: n.role.processes * getattr(n.memory, f"{kind}_bytes") for n in found}
+    sums = {n.role.role: getattr(n, f"{kind}_bytes") for n in found}
     return dict(sorted(sums.items(), key=lambda item: -item[1]))

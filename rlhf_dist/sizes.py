@@ -29,6 +29,8 @@ HELD = {
 }
 #: DeepSpeed's defaults, in parameters: reduce_bucket_size, and stage3_max_live_parameters.
 BUCKET, LIVE = 5e8, 1e9
+#: Part of rank 0 alone.
+EXPORTED = "exported model"
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def learner(
     activations = _activations(shape, w, tokens, predicted)
     copies = {
         "checkpoint's copy": state if saves else 0.0,
-        "exported model": n * w if exports and saves else 0.0,
+        EXPORTED: n * w if exports and saves else 0.0,
         "weights to send": n * width(sends) * share if sends else 0.0,
     }
     if placement.gpus:

@@ -419,18 +419,6 @@ def volumes(objects: Objects) -> Iterator[str]:
             yield f"{o['metadata']['name']}: the pods are on several nodes"
 
 
-def asked(cfg: Config, role: str) -> dict[str, float]:
-    """Custom resources of each process of a role."""
-    sections: dict[str, Any] = {
-        "policy": cfg.policy.learner,
-        "critic": cfg.critic.learner,
-        "generator": cfg.generator,
-        "reward": cfg.reward,
-        "reference": cfg.reference,
-    }
-    return (sections[role] if role in sections else getattr(cfg, role).learner).resources
-
-
 @rule
 def placement(objects: Objects) -> Iterator[str]:
     """Every process of every stage finds a worker with its CPUs, GPUs and custom resources."""
@@ -444,7 +432,7 @@ def placement(objects: Objects) -> Iterator[str]:
         own = {name: amount(value) for name, value in pod.group.get("resources", {}).items()}
         own |= {"CPU": amount(pod.limits.get("cpu", 0)), "GPU": amount(pod.limits.get("nvidia.com/gpu", 0))}
         nodes += [own] * pod.count
-    used = {name for role in planner.roles(cfg) for name in asked(cfg, role.role)}
+    used = {name for role in planner.roles(cfg) for name in role.resources}
     offered = {name for node in nodes for name in node} - {"CPU", "GPU"}
     yield from (f"no group has the resource {name!r}" for name in sorted(used - offered))
     yield from (f"nobody asks for the resource {name!r}" for name in sorted(offered - used) if job(objects))
@@ -452,7 +440,7 @@ def placement(objects: Objects) -> Iterator[str]:
         free = [dict(node) for node in nodes]
         parts = [role for role in planner.roles(cfg) if role.stage == stage]
         for role in sorted(parts, key=lambda r: (-r.gpus, -r.cpus)):
-            need = {"CPU": role.cpus, "GPU": role.gpus} | asked(cfg, role.role)
+            need = {"CPU": role.cpus, "GPU": role.gpus} | role.resources
             for _ in range(role.processes):
                 fits = (n for n in free if all(n.get(k, 0) >= v - 1e-9 for k, v in need.items()))
                 if (node := next(fits, None)) is None:

@@ -18,6 +18,7 @@ LAYERS = [
     ("run",),
     ("artifacts",),
     ("dry_run",),
+    ("manifest",),
     ("needs",),
     ("planner", "resuming"),
     ("actors",),
