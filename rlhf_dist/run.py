@@ -43,6 +43,10 @@ from rlhf_dist.observability.trace import Trace
 from rlhf_dist.resuming import unfinished
 
 
+#: Ray gives it to the driver of a job.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; a BaseException, so that nothing on the way takes it for an error and goes on."""
 
@@ -102,8 +106,18 @@ class Run:
         waiting.limit = self.cfg.run.wait_limit
         self.terminal.title(f"rlhf_dist {self.cfg.recipe}: {self.cfg.description or self.folder.name}")
         self.terminal.info(f"run folder {self.folder}{', which is gone on with' if self.resumed else ''}")
+        self._warn_of_short_stops()
         signal.signal(signal.SIGTERM, self._terminated)
         return self
+
+    def _warn_of_short_stops(self) -> None:
+        """A job's driver gets SIGKILL some seconds after SIGTERM, which Ray reads from the job's environment."""
+        patience, needed = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")), self.cfg.run.term_limit
+        if JOB_VARIABLE in os.environ and patience < needed:
+            self.terminal.warn(
+                f"stopping this job leaves it {patience:g} s, and saving may take run.term_limit={needed:g} s: submit it "
+                "with --runtime-env cluster/runtime_env.yaml, which sets RAY_JOB_STOP_WAIT_TIME_S, or lower the limit"
+            )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
         # A second signal must not stop the clean-up half-way.

@@ -5,15 +5,8 @@ local Ray cluster that has what its worker groups offer. A second attempt goes o
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shlex
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +14,9 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import psutil
 import pytest
 import yaml
+from heads import Head, free_port
 from manifests import (
     ROOT,
     Objects,
@@ -44,7 +37,6 @@ pytestmark = [
     pytest.mark.skipif(renderer() is None, reason="neither kubectl nor kustomize is installed"),
 ]
 
-MARK = "RLHF_DIST_TEST"
 #: The same program, less of it.
 SHORTER = [
     "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
@@ -59,36 +51,15 @@ SHORTER = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Attempt:
+class Attempt(Head):
     """One Ray cluster with the resources of the manifest's workers, and the job on it."""
 
     def __init__(self, objects: Objects, places: dict[str, Path], metrics_port: int) -> None:
         self.objects, self.places, self.metrics_port = objects, places, metrics_port
-        self.mark = secrets.token_hex(16)
-        self.port, self.dashboard = free_port(), free_port()
-        # Sockets lie in here, whose paths must stay below 108 characters.
-        self.temp = tempfile.mkdtemp(prefix="rj", dir="/tmp")
-        variables = {e["name"]: e["value"] for e in head(objects).container["env"]} | {"HOME": self.temp}
-        self.environment = {**os.environ, **variables, MARK: self.mark, "COLUMNS": "1000"}
-        self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as KubeRay does
-        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.environment["PYTHONPATH"] = str(ROOT)
-        (Path(self.temp) / ".cache").symlink_to(Path.home() / ".cache")  # what DeepSpeed and vLLM have compiled
-        self.address = f"http://127.0.0.1:{self.dashboard}"
-        self.start()
+        variables = {e["name"]: e["value"] for e in head(objects).container["env"]}
+        super().__init__(variables | {"PYTHONPATH": str(ROOT)}, self.offered())
 
-    def run(self, *command: str, seconds: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
-        )
-
-    def start(self) -> None:
+    def offered(self) -> dict[str, str | int]:
         """One node that has what all worker pods have, and the head's place for the driver."""
         resources: dict[str, float] = {}
         for pod in workers(self.objects):
@@ -97,35 +68,7 @@ class Attempt:
                 resources[name] = resources.get(name, 0) + pod.count * amount(value)
         cpus = sum(pod.count * amount(pod.limits["cpu"]) for pod in workers(self.objects))
         stores = (pod.group["rayStartParams"]["object-store-memory"] for pod in ray_nodes(self.objects) if pod.group)
-        options = {
-            "port": self.port,
-            "dashboard-port": self.dashboard,
-            "dashboard-host": "127.0.0.1",
-            "node-ip-address": "127.0.0.1",
-            "num-cpus": int(cpus),
-            "resources": json.dumps(resources),
-            "object-store-memory": min(map(int, stores)),
-            "temp-dir": f"{self.temp}/ray",
-            "ray-client-server-port": free_port(),
-            "dashboard-agent-listen-port": free_port(),
-            "min-worker-port": 0,
-            "max-worker-port": 0,
-        }
-        with open(Path(self.temp) / "node.log", "w") as log:
-            self.node = subprocess.Popen(
-                ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
-                env=self.environment,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        # The image's HEALTHCHECK.
-        deadline = time.monotonic() + 180
-        while self.run("ray", "health-check", "--address", f"127.0.0.1:{self.port}", seconds=60).returncode:
-            assert self.node.poll() is None, (Path(self.temp) / "node.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(1)
+        return {"num-cpus": int(cpus), "resources": json.dumps(resources), "object-store-memory": min(map(int, stores))}
 
     def submit(self) -> subprocess.Popen[str]:
         """The command of KubeRay's submitter in K8sJobMode (its BuildJobSubmitCommand); prints what the job prints."""
@@ -151,35 +94,6 @@ class Attempt:
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-    def status(self) -> str:
-        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-        answer = self.run("ray", "job", "status", "--address", self.address, "attempt", seconds=60).stdout
-        return next(s for s in ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED") if s in answer.upper())
-
-    def die(self) -> None:
-        """Every process of this cluster at once, as when the nodes go; nothing else on the machine."""
-        deadline = time.monotonic() + 30
-        while found := self._processes():
-            assert time.monotonic() < deadline, found
-            for process in found:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            time.sleep(0.2)
-        self.node.wait(10)
-        shutil.rmtree(self.temp, ignore_errors=True)
-
-    def _processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
 
 
 @pytest.fixture
@@ -224,7 +138,7 @@ def test_the_job_of_the_manifest_and_its_retry(tmp_path: Path, attempts: list[At
     # The retry: a new cluster, the same volume, the same command.
     attempts.append(Attempt(objects, places, port))
     text, _ = attempts[1].submit().communicate(timeout=600)
-    assert attempts[1].status() == "SUCCEEDED", text
+    assert attempts[1].status("attempt") == "SUCCEEDED", text
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 6), text
     assert "which is gone on with" in text
