@@ -42,7 +42,6 @@ from rlhf_dist.observability.terminal import Terminal
 from rlhf_dist.observability.trace import Trace
 from rlhf_dist.resuming import unfinished
 
-
 #: Ray gives it to the driver of a job.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -115,8 +114,8 @@ class Run:
         patience, needed = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")), self.cfg.run.term_limit
         if JOB_VARIABLE in os.environ and patience < needed:
             self.terminal.warn(
-                f"stopping this job leaves it {patience:g} s, and saving may take run.term_limit={needed:g} s: submit it "
-                "with --runtime-env cluster/runtime_env.yaml, which sets RAY_JOB_STOP_WAIT_TIME_S, or lower the limit"
+                f"stopping this job leaves it {patience:g} s, and saving may take run.term_limit={needed:g} s: submit "
+                "it with --runtime-env cluster/runtime_env.yaml, which sets RAY_JOB_STOP_WAIT_TIME_S, or lower the limit"
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
