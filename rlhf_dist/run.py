@@ -115,7 +115,7 @@ class Run:
         if JOB_VARIABLE in os.environ and patience < needed:
             self.terminal.warn(
                 f"stopping this job leaves it {patience:g} s, and saving may take run.term_limit={needed:g} s: submit "
-                "it with --runtime-env cluster/runtime_env.yaml, which sets RAY_JOB_STOP_WAIT_TIME_S, or lower the limit"
+                "it with --runtime-env cluster/runtime_env.yaml, which sets RAY_JOB_STOP_WAIT_TIME_S, or lower that"
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> bool:
