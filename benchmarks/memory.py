@@ -48,7 +48,7 @@ def model(hidden: int, layers: int) -> dict[str, Any]:
 
 
 TINY = model(64, 1)
-SUPERVISED = ["recipe=sft", "data.world.demonstrations=96", "sft={epochs: 1, batch_size: 16, max_length: 64}"]
+SUPERVISED = ["recipe=sft", "data.world.demonstrations=48", "sft={epochs: 1, batch_size: 16, max_length: 64}"]
 PPO = [
     "recipe=ppo",
     "critic.warmup_steps=0",
