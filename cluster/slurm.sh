@@ -66,6 +66,7 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     fail "this script runs on ${SLURMD_NODENAME:-?}, and not on the first node, ${hosts[0]}"
 if ((${#hosts[@]} == 1)); then
     address=127.0.0.1
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # one node: Ray listens on loopback only
 else
     address=$(getent ahostsv4 "${hosts[0]}" | awk '$1 !~ /^127\./ { print $1; exit }')
     [[ -n $address ]] ||
@@ -120,4 +121,5 @@ if [[ $status -eq 130 && $reason == "the time limit is near" ]]; then
     clean # being queued again kills this script
     scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not queue it again; the same command goes on" "$status"
 fi
+echo "the program ended with exit status $status" # the last line, after all that `ray stop` says
 exit "$status"
