@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlhf_dist.dry_run import dry_run
 
         return dry_run(cfg, args.emit)
+    if not (cfg.cluster.address or os.environ.get("RAY_ADDRESS")):
+        _listen_on_loopback()
     from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 
@@ -56,6 +59,7 @@ def _replay(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/failed/step_N")
     folder = parser.parse_args(arguments).folder
+    _listen_on_loopback()
     from rlhf_dist.recipes.replay import replay
 
     try:
@@ -65,6 +69,16 @@ def _replay(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _listen_on_loopback() -> None:
+    """A cluster of this machine alone needs no other network: nobody else is to reach its ports.
+
+    Before Ray is imported, which is when it reads the first: with it, a node's address is 127.0.0.1 on Linux too.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,8 +48,9 @@ class LearnerWorker(Worker):
         The port stays open from here on: many seconds pass until the group meets there, and a port that is only
         looked up may be somebody else's by then.
         """
-        self.meeting = socket.create_server(("", 0))
-        return ray.util.get_node_ip_address(), self.meeting.getsockname()[1]
+        host = ray.util.get_node_ip_address()
+        self.meeting = socket.create_server((host, 0))  # on the address that the other ranks use, and no other
+        return host, self.meeting.getsockname()[1]
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the model; returns pid, number of parameters and vocabulary."""

@@ -275,7 +275,7 @@ class LearnerEngine:
         self.steps = about["optimizer_steps"]
         random = folder / f"random_{self.rank}.pt"
         if random.exists() and not self.universal:
-            state = torch.load(random)
+            state = torch.load(random, weights_only=True)
             torch.set_rng_state(state["cpu"])
             if "cuda" in state:
                 torch.cuda.set_rng_state(state["cuda"])

@@ -169,7 +169,7 @@ class GeneratorEngine:
             dtype=model.dtype,
             # With a learner the weights start random and only a complete sync makes them right: what a sync leaves
             # out cannot hide behind an equal tensor from disk.
-            load_format="dummy" if from_learner and not served else "auto",
+            load_format="dummy" if from_learner and not served else "safetensors",
             skip_tokenizer_init=not rollout.stop,
             trust_remote_code=model.trust_remote_code,
             max_model_len=context,

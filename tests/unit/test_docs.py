@@ -18,7 +18,12 @@ from rlhf_dist.config_io import all_keys, load
 from rlhf_dist.observability.report import TILES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "k8s" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "k8s" / "README.md",
+    *sorted(ROOT.glob("cluster/*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 KEYS = {key.replace("[]", "") for key in all_keys()}
 PREFIXES = {key.rsplit(".", n)[0] for key in KEYS for n in range(1, key.count(".") + 1)}
 SECTIONS = {prefix for prefix in PREFIXES if "." not in prefix}
