@@ -17,7 +17,7 @@ LAYERS = [
     ("recipes",),
     ("run",),
     ("artifacts",),
-    ("planner", "resuming"),
+    ("planner", "resuming", "connection"),
     ("actors",),
     ("engines", "checkpoint"),
     ("models", "adapters"),
