@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_dist.config import Config, LearnerConfig, Stage
@@ -27,6 +27,8 @@ class Role:
     """Of each process."""
     gpus: float
     what: str
+    resources: dict[str, float] = field(default_factory=dict)
+    """Custom Ray resources of each process."""
 
 
 def roles(cfg: Config) -> list[Role]:
@@ -37,7 +39,7 @@ def roles(cfg: Config) -> list[Role]:
 def _roles(cfg: Config, stage: Stage) -> list[Role]:
     label, generator, r = stage.label, _generator(cfg), cfg.reward
     components = " + ".join(_component(cfg, i) for i in range(len(r.components)))
-    reward = Role(label, "reward", r.replicas, r.cpus, r.gpus, components)
+    reward = Role(label, "reward", r.replicas, r.cpus, r.gpus, components, r.resources)
     match stage.recipe:
         case "sft":
             return [_learner(label, "sft", cfg.sft.learner)]
@@ -60,7 +62,7 @@ def _roles(cfg: Config, stage: Stage) -> list[Role]:
             return [Role(label, *generator), *([] if cfg.trains_reward else [reward]), *_metrics(label, cfg)]
         case "evaluate_reward":
             c = cfg.reward_model.learner
-            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group")]
+            return [Role(label, "reward_model", c.ranks, c.cpus, c.gpus, "one ZeRO-3 group", c.resources)]
     raise AssertionError(stage.recipe)
 
 
@@ -178,18 +180,20 @@ def _arithmetic(cfg: Config) -> list[list[str]]:
 
 
 def _learner(stage: str, role: str, c: LearnerConfig) -> Role:
-    return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}")
+    return Role(stage, role, c.ranks, c.cpus, c.gpus, f"DeepSpeed ZeRO-{c.zero_stage}", c.resources)
 
 
 def _reference(stage: str, cfg: Config) -> Role:
     r = cfg.reference
-    return Role(stage, "reference", r.replicas, r.cpus, r.gpus, "one ZeRO-3 group" if r.sharded else "replicas")
+    what = "one ZeRO-3 group" if r.sharded else "replicas"
+    return Role(stage, "reference", r.replicas, r.cpus, r.gpus, what, r.resources)
 
 
-def _generator(cfg: Config) -> tuple[str, int, float, float, str]:
+def _generator(cfg: Config) -> tuple[str, int, float, float, str, dict[str, float]]:
     g = cfg.generator
     tp = g.tensor_parallel_size
-    return "generator", g.replicas, g.cpus * tp, g.gpus, f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM"
+    what = f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM"
+    return "generator", g.replicas, g.cpus * tp, g.gpus, what, g.resources
 
 
 def _component(cfg: Config, i: int) -> str:
