@@ -1,4 +1,4 @@
-"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``, and ``... replay FOLDER``."""
+"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``; and ``replay``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["replay"]:
         return _replay(arguments[1:])
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     args = _parser().parse_args(arguments)
     try:
         cfg = load(args.config, args.overrides)
@@ -64,12 +66,36 @@ def _replay(arguments: Sequence[str]) -> int:
         return 130
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    """Exit code: 0 nothing would stop a run, 1 something would, 2 a mistake in the config, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_dist.main doctor",
+        description="Check the cluster that a run of this config would join, or start: versions, files, folders, "
+        "ports, memory, GPUs, clocks and resources of every node. One line for each check; trains nothing.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, as for a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override any key, as for a run")
+    args = parser.parse_args(arguments)
+    try:
+        cfg = load(args.config, args.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from rlhf_dist.doctor.examine import doctor
+
+    try:
+        return doctor(cfg)
+    except KeyboardInterrupt:
+        return 130
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rlhf_dist.main",
         description="Train language models from human feedback on Ray, vLLM and DeepSpeed. "
         "Without arguments: the embedded miniature world, SFT -> reward model -> PPO, on two cores.",
-        epilog="`replay FOLDER` runs a batch again on which a run stopped; see `replay --help`.",
+        epilog="`replay FOLDER` runs a batch again on which a run stopped; see `replay --help`. "
+        "`doctor` checks a cluster before a run; see `doctor --help`.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/ (default: the embedded one)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")

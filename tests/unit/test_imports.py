@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "rlhf_dist"
 LAYERS = [
     ("main",),
     ("recipes",),
-    ("run",),
+    ("run", "doctor"),
     ("artifacts",),
     ("planner", "resuming", "connection"),
     ("actors",),
