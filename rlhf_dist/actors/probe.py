@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_dist.actors.waiting import explained
@@ -45,7 +45,7 @@ class Probe:
 
 
 class Probes:
-    """One :class:`Probe` on each of ``nodes``. A node that once did not answer is not asked again."""
+    """One :class:`Probe` on each of ``nodes``. A node whose process died, or did not answer in time, is not asked again."""
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         start: Any = Probe
@@ -56,7 +56,7 @@ class Probes:
 
     @property
     def names(self) -> list[str]:
-        """Nodes that have answered so far."""
+        """Nodes that can be asked."""
         return list(self._processes)
 
     def ask(
@@ -79,4 +79,6 @@ class Probes:
                 del self._processes[name]
             except RayError as error:
                 reasons[name] = str(explained(error, name))
+                if isinstance(error, RayActorError):  # the process is gone
+                    del self._processes[name]
         return answers, reasons

@@ -126,10 +126,8 @@ class Examination:
         elsewhere = run.checkpoint_dir
         self.folder("run.root", run.root, None if elsewhere else needed)
         if elsewhere and "://" in elsewhere:
-            problems = self.ask("run.checkpoint_dir", probes.file_system, elsewhere)
-            for name, problem in problems.items():
-                if problem:
-                    self.report([Finding("fault", "run.checkpoint_dir", f"{name}: {problem}")])
+            if problems := self.ask("run.checkpoint_dir", probes.file_system, elsewhere):
+                self.report(judge.url("run.checkpoint_dir", elsewhere, problems))
         elif elsewhere:
             self.folder("run.checkpoint_dir", elsewhere, needed)
 

@@ -85,6 +85,15 @@ def folder(key: str, path: str, found: Mapping[str, str]) -> list[Finding]:
     return faults or [Finding("ok", key, f"{path}: {alone}")]
 
 
+def url(key: str, path: str, found: Mapping[str, str]) -> list[Finding]:
+    """Whether every node can read and write at a URL, as far as its packages go; ``found`` has what each lacks."""
+    lacking = {name: problem for name, problem in found.items() if problem}
+    if lacking:
+        advice = "Install it on all nodes (the extra cloud has s3fs and gcsfs)"
+        return [Finding("fault", key, f"{path}: {spread(lacking)}", advice)]
+    return [Finding("ok", key, f"{path}: its file system is installed on every node; nothing was written there")]
+
+
 def disk(key: str, path: str, free: int, needed: int | None) -> list[Finding]:
     """Bytes that are free at ``path``; ``needed`` by the checkpoints, if that is known."""
     room = f"{free / GB:.1f} GB free at {path}{f', checkpoints take about {needed / GB:.1f} GB' if needed else ''}"

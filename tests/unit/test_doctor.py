@@ -86,6 +86,13 @@ def test_a_folder_is_judged_by_each_node() -> None:
     assert text.startswith("/runs: b does not see it. All nodes must mount")
 
 
+def test_a_store_needs_its_package_on_every_node() -> None:
+    assert one(judge.url("run.checkpoint_dir", "s3://b", {"a": "", "b": ""}))[0] == "ok"
+    level, text = one(judge.url("run.checkpoint_dir", "s3://b", {"a": "", "b": "Install s3fs to access S3"}))
+    assert level == "fault"
+    assert text.startswith("s3://b: Install s3fs to access S3 on b. ")
+
+
 @pytest.mark.parametrize(
     ("free", "needed", "level"),
     [(100, None, "ok"), (1, None, "warning"), (100, 90, "ok"), (100, 99, "warning"), (100, 200, "warning")],
