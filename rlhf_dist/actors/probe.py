@@ -45,7 +45,7 @@ class Probe:
 
 
 class Probes:
-    """One :class:`Probe` on each of ``nodes``. A node whose process died, or did not answer in time, is not asked again."""
+    """One :class:`Probe` on each of ``nodes``. One that died, or did not answer in time, is not asked again."""
 
     def __init__(self, nodes: Mapping[str, Node]) -> None:
         start: Any = Probe

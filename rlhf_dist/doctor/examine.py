@@ -53,7 +53,7 @@ def doctor(cfg: Config, terminal: Terminal | None = None) -> int:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         advice = "Look at ray status there, at the address, and at the token (RAY_AUTH_MODE)" if address else ""
         where = f"the cluster at {address} cannot be joined" if address else "no local cluster could be started"
-        finding = Finding("fault", "cluster", f"{where}: {str(error).strip()}", advice)
+        finding = Finding("fault", "cluster", f"{where}: {error}", advice)
         terminal.finding(finding.level, finding.check, str(finding))
         return 1
     try:

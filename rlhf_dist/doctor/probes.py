@@ -60,6 +60,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> Machine:
+    """Of this node. Called by a Ray worker.
+
+    Raises:
+        KeyError: the process that started this one is no raylet as Ray 2.60 starts them.
+    """
     # Ray starts its workers from the raylet, whose arguments are what was decided for the node.
     raylet = psutil.Process().parent()
     assert raylet is not None

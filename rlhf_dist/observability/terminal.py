@@ -145,9 +145,9 @@ class Terminal:
         self._line(f"error: {printable(text)}", "bold red")
 
     def finding(self, level: Literal["ok", "warning", "fault"], check: str, text: str) -> None:
-        """One line of a list of checks."""
+        """One line of a list of checks, whatever line breaks ``text`` has."""
         style = {"warning": "yellow", "fault": "bold red"}.get(level, "")
-        self._line(f"{level:7}  {printable(check)}: {printable(text)}", style)
+        self._line(f"{level:7}  {printable(check)}: {printable(' '.join(text.split()))}", style)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; figures are rounded and right-aligned, None is shown as ``-``."""
