@@ -172,13 +172,17 @@ class Examination:
             return
         for check in (judge.shared_memory, judge.memory, judge.temp, judge.open_files):
             self.report(check(found))
+        self.ports({name: m.ports for name, m in found.items()})
+
+    def ports(self, ranges: Mapping[str, tuple[int, int]]) -> None:
+        """Every node listens, and every other connects; ``ranges``: from which the systems choose ports."""
         at = self.ask("ports", probes.listen)
         others = {name: ({other: at[other] for other in at if other != name},) for name in at}
         # Each connection may take its whole limit, 16 of them side by side.
         seconds = ANSWER_LIMIT + probes.CONNECT * (1 + len(at) // 16)
         unreachable = self.ask("ports", probes.reach, each=others, seconds=seconds)
         if unreachable:
-            self.report(judge.ports(unreachable, {name: m.ports for name, m in found.items()}))
+            self.report(judge.ports(unreachable, ranges))
 
     def clock(self) -> None:
         """One node after the other: answers that wait for others would say less of the time."""
