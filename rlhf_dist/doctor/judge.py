@@ -176,7 +176,7 @@ def clock(found: Mapping[str, tuple[float, float]]) -> list[Finding]:
         if abs(ahead) - bound > CLOCK_LIMIT
     ]
     most = max(abs(ahead) + bound for ahead, bound in found.values())
-    return warnings or [Finding("ok", "clock", f"at most {most:.3f} s between a node and the driver")]
+    return warnings or [Finding("ok", "clock", f"at most {1000 * most:.1f} ms between a node and the driver")]
 
 
 def ports(unreachable: Mapping[str, Mapping[str, str]], ranges: Mapping[str, tuple[int, int]]) -> list[Finding]:
