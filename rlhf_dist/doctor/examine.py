@@ -63,7 +63,9 @@ def doctor(cfg: Config, terminal: Terminal | None = None) -> int:
     finally:
         ray.shutdown()
     faults, warnings = (sum(f.level == level for f in examination.findings) for level in ("fault", "warning"))
-    terminal.info(f"{faults} faults, {warnings} warnings: {'a run would be stopped' if faults else 'a run can start'}")
+    terminal.info(
+        f"faults: {faults}, warnings: {warnings}; {'a run would be stopped' if faults else 'a run can start'}"
+    )
     return 1 if faults else 0
 
 

@@ -44,6 +44,8 @@ def spread(values: Mapping[str, Any]) -> str:
     by_value: dict[str, list[str]] = {}
     for name, value in values.items():
         by_value.setdefault(str(value), []).append(name)
+    if len(by_value) == 1 and len(values) > 1:
+        return f"{next(iter(by_value))} on all nodes"
     return "; ".join(f"{value} on {', '.join(names)}" for value, names in by_value.items())
 
 

@@ -42,6 +42,12 @@ def one(findings: list[Finding]) -> tuple[str, str]:
 # What the machines say of themselves
 
 
+def test_what_all_nodes_have_is_said_once() -> None:
+    assert judge.spread({"a": 1}) == "1 on a"
+    assert judge.spread({"a": 1, "b": 1}) == "1 on all nodes"
+    assert judge.spread({"a": 1, "b": 2, "c": 1}) == "1 on a, c; 2 on b"
+
+
 def test_equal_versions_are_shown_once() -> None:
     level, text = one(judge.versions({"a": VERSIONS, "b": VERSIONS}))
     assert level == "ok"
@@ -136,7 +142,7 @@ def test_ports_are_judged_in_both_directions() -> None:
 
 def test_gpus() -> None:
     level, text = one(judge.gpus({"a": GPUS, "b": GPUS}, {"a": 2, "b": 2}))
-    assert (level, text) == ("ok", "2 x H200 of 140 GB on a, b; driver 570.86, CUDA 12.8, NCCL 2.27.5")
+    assert (level, text) == ("ok", "2 x H200 of 140 GB on all nodes; driver 570.86, CUDA 12.8, NCCL 2.27.5")
     level, text = one(judge.gpus({"a": GPUS | {"devices": []}}, {"a": 2}))
     assert level == "fault"
     assert "Ray has 2 GPUs there, torch sees 0" in text
