@@ -1,4 +1,4 @@
-"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``, and ``... replay FOLDER``."""
+"""Entry point: ``python -m rlhf_dist.main [--config FILE] [key.path=value ...]``; and ``replay``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_dist import __version__
+from rlhf_dist.config import Config
 from rlhf_dist.config_io import ConfigError, dump, load
 
 
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["replay"]:
         return _replay(arguments[1:])
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.emit and not args.dry_run:
@@ -33,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlhf_dist.dry_run import dry_run
 
         return dry_run(cfg, args.emit)
-    if not (cfg.cluster.address or os.environ.get("RAY_ADDRESS")):
-        _listen_on_loopback()
+    _listen_on_loopback(cfg)
     from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 
@@ -71,11 +73,38 @@ def _replay(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _listen_on_loopback() -> None:
-    """A cluster of this machine alone needs no other network: nobody else is to reach its ports.
+def _doctor(arguments: Sequence[str]) -> int:
+    """Exit code: 0 nothing would stop a run, 1 something would, 2 a mistake in the config, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_dist.main doctor",
+        description="Check the cluster that a run of this config would join, or start: versions, files, folders, "
+        "ports, memory, GPUs, clocks and resources of every node. One line for each check; trains nothing.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, as for a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override any key, as for a run")
+    args = parser.parse_args(arguments)
+    try:
+        cfg = load(args.config, args.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _listen_on_loopback(cfg)
+    from rlhf_dist.doctor.examine import doctor
+
+    try:
+        return doctor(cfg)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _listen_on_loopback(cfg: Config | None = None) -> None:
+    """Unless ``cfg`` joins a cluster: one of this machine alone needs no other network, and nobody else is to reach its
+    ports.
 
     Before Ray is imported, which is when it reads the first: with it, a node's address is 127.0.0.1 on Linux too.
     """
+    if cfg is not None and (cfg.cluster.address or os.environ.get("RAY_ADDRESS")):
+        return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
@@ -86,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m rlhf_dist.main",
         description="Train language models from human feedback on Ray, vLLM and DeepSpeed. "
         "Without arguments: the embedded miniature world, SFT -> reward model -> PPO, on two cores.",
-        epilog="`replay FOLDER` runs a batch again on which a run stopped; see `replay --help`.",
+        epilog="`replay FOLDER` runs a batch again on which a run stopped; see `replay --help`. "
+        "`doctor` checks a cluster before a run; see `doctor --help`.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; see configs/ (default: the embedded one)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")

@@ -211,6 +211,23 @@ def object_store(cfg: Config, parameters: int) -> dict[str, float]:
     }
 
 
+def checkpoint_bytes(cfg: Config) -> float | None:
+    """What the checkpoints of PPO take that are kept, and the one being written; None where there are none, or the
+    model is not here."""
+    if not cfg.runs_ppo or not cfg.run.checkpoint_every:
+        return None
+    try:
+        models = Models(cfg)
+        policy, critic = (models.shape(path, cfg.model, 8) for path in (None, cfg.critic.path))
+    except OSError:
+        return None
+    # Weights that are trained, their copy in float32 and two moments; the policy once more, to be used.
+    width = sizes.width(cfg.model.dtype)
+    state = policy.trained * (width + 12) + policy.parameters * width
+    state += critic.parameters * (width + 12) if cfg.uses_critic else 0
+    return (cfg.run.keep_last + cfg.run.keep_best + 1) * state
+
+
 def rollout_bytes(cfg: Config) -> int:
     """Of all samples of a step at their longest."""
     r = cfg.rollout

@@ -149,14 +149,8 @@ def _reference(stage: str, cfg: Config) -> Role:
 def _generator(cfg: Config) -> tuple[str, int, float, float, str, dict[str, float]]:
     g = cfg.generator
     tp = g.tensor_parallel_size
-    return (
-        "generator",
-        g.replicas,
-        g.cpus * tp,
-        g.gpus,
-        f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM",
-        g.resources,
-    )
+    what = f"vLLM, tensor parallel {tp}" if tp > 1 else "vLLM"
+    return "generator", g.replicas, g.cpus * tp, g.gpus, what, g.resources
 
 
 def _component(cfg: Config, i: int) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from rlhf_dist import artifacts, checkpoint, planner
+from rlhf_dist import artifacts, checkpoint, connection, planner
 from rlhf_dist.actors import diagnosis, waiting
 from rlhf_dist.actors import group as actor_group
 from rlhf_dist.actors.data import prepare_model
@@ -256,24 +256,14 @@ class Run:
 
     def _connect(self) -> None:
         """Join the cluster that is there, else start a local one."""
-        address = self.cfg.cluster.address or os.environ.get("RAY_ADDRESS")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = connection.address_of(self.cfg)
         self.joined = bool(address)
-        options: dict[str, Any] = {"address": address, "logging_level": "error", "log_to_driver": False}
         if not address:
             # On a cluster that was joined, files may be where the workers are.
             if problems := planner.check_files(self.cfg):
                 raise ValueError("\n".join(problems))
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            memory = self.cfg.cluster.object_store_mb
-            options |= {
-                "address": "local",
-                "num_cpus": self.cfg.cluster.local_cpus,
-                "object_store_memory": memory * 2**20 if memory else None,
-                "include_dashboard": False,
-            }
             actor_group.log_dir = self.path("logs")
-        ray.init(**options)
+        connection.connect(self.cfg)
         # ray.init has put its own handler in the place of ours.
         signal.signal(signal.SIGTERM, self._terminated)
         resources = ray.cluster_resources()

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -143,6 +143,11 @@ class Terminal:
     def error(self, text: str) -> None:
         """Why the run ends."""
         self._line(f"error: {printable(text)}", "bold red")
+
+    def finding(self, level: Literal["ok", "warning", "fault"], check: str, text: str) -> None:
+        """One line of a list of checks, whatever line breaks ``text`` has."""
+        style = {"warning": "yellow", "fault": "bold red"}.get(level, "")
+        self._line(f"{level:7}  {printable(check)}: {printable(' '.join(text.split()))}", style)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; figures are rounded and right-aligned, None is shown as ``-``."""

@@ -12,7 +12,7 @@ from tiny import LLAMA
 from rlhf_dist import sizes
 from rlhf_dist.config import Config, GeneratorConfig, LearnerConfig, ModelConfig
 from rlhf_dist.main import main
-from rlhf_dist.needs import Models, Need, check_memory, needs, object_store, rollout_bytes
+from rlhf_dist.needs import Models, Need, check_memory, checkpoint_bytes, needs, object_store, rollout_bytes
 from rlhf_dist.planner import Role
 from rlhf_dist.sizes import Memory, Shape
 
@@ -183,6 +183,16 @@ def test_the_object_store_by_hand(tmp_path: Path) -> None:
     assert object_store(cfg, 1000) == {"weights": 2 * 1000 * 2, "rollouts": 2 * rollout_bytes(cfg)}
     parameters = Models(cfg).shape(None, cfg.model, 8).parameters
     assert object_store(cfg, parameters)["weights"] == 4 * parameters
+
+
+def test_the_size_of_checkpoints_by_hand(tmp_path: Path) -> None:
+    cfg = config(tmp_path, algo={"advantage_estimator": "reinforce"}, run={"keep_last": 2})
+    parameters = Models(cfg).shape(None, cfg.model, 8).parameters
+    # Two that are kept and one being written; 16 bytes of the learner's state and 4 of the policy for each parameter.
+    assert checkpoint_bytes(cfg) == 3 * parameters * (16 + 4)
+    with_critic = config(tmp_path, run={"keep_last": 2})
+    assert checkpoint_bytes(with_critic) == 3 * parameters * (16 + 4 + 16)
+    assert checkpoint_bytes(config(tmp_path, run={"checkpoint_every": 0})) is None
 
 
 # What cannot fit

@@ -155,6 +155,7 @@ def say_everything(terminal: Terminal) -> None:
     terminal.info("see [/] and [red]this[/red] \x1b[31m")
     terminal.warn("careful")
     terminal.error("broken")
+    terminal.finding("fault", "ports [x]", "a\n  does \x1b[31m not reach [red]b[/red]")
     with terminal.starting({"generator": 1, "policy [0]": 2}) as starting:
         starting.ready("generator")
         starting.ready("policy [0]", 2)
@@ -178,6 +179,7 @@ def test_terminal_in_a_pipe_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert shown in text
     assert "warning: careful" in text
     assert "error: broken" in text
+    assert r"fault    ports [x]: a does \x1b[31m not reach [red]b[/red]" in text.splitlines()
     assert "generator: ready after 0:00" in text
     assert "policy [0]: ready" in text
     progress = [line for line in text.splitlines() if line.startswith("SFT [x]: ") and "%" in line]
