@@ -47,6 +47,7 @@ lint: $(STAMP) ## Check style and common mistakes
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/hadolint k8s/Dockerfile
+	@$(VENV)/bin/shellcheck cluster/*.sh
 
 style: $(STAMP) ## Format, and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
