@@ -3,8 +3,9 @@
     python -m benchmarks.memory                      # five configs with 1 GB of state or more, about ten minutes
     python -m benchmarks.memory --only sft_zero3
 
-Measured is private memory (``RssAnon``), the largest process of each kind, above a run of the same config with a model
-of next to nothing: what the libraries take. The object store's use is what Ray says is not free.
+Measured is resident memory without what is shared, the largest process of each kind, above a run of the same config
+with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that were ever
+written.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MARK = "RLHF_DIST_MEMORY"
 #: Actor's class -> how the plan calls what it is.
 KINDS = {"LearnerWorker": "learner", "Generator": "generator", "Reference": "reference"}
 PERIOD = 0.02
+STORE = 2 * 10**9
 
 
 def model(hidden: int, layers: int) -> dict[str, Any]:
@@ -48,14 +50,19 @@ def model(hidden: int, layers: int) -> dict[str, Any]:
 
 
 TINY = model(64, 1)
-SUPERVISED = ["recipe=sft", "data.world.demonstrations=48", "sft={epochs: 1, batch_size: 16, max_length: 64}"]
+SUPERVISED = [
+    "recipe=sft",
+    "data.world.demonstrations=48",
+    "sft={epochs: 1, batch_size: 16, max_length: 40, eval_rows: 64}",
+]
 PPO = [
     "recipe=ppo",
     "critic.warmup_steps=0",
-    "rollout={batch_size: 16, max_prompt_length: 48, max_response_length: 24}",
+    "rollout={batch_size: 16, max_prompt_length: 14, max_response_length: 24}",
     "train={steps: 4, batch_size: 32}",
     "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false, metrics: [], group_by: null}",
     "run.checkpoint_every=1",
+    "generator.kv_cache_gb=0.1",  # which 64 sequences fill
     *GRPO,
 ]
 GROUPS = "rollout.n_samples_per_prompt=4"
@@ -122,8 +129,9 @@ def measure(folder: Path, options: list[str]) -> dict[str, float]:
 
     peaks: dict[str, float] = defaultdict(float)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    node = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    environment = {**os.environ, MARK: str(folder), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": node["gcs_address"]}
+    ray.init(address="local", num_cpus=4, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, MARK: str(folder), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     done = threading.Event()
     sampler = threading.Thread(target=sample, args=(peaks, done))
     sampler.start()
@@ -139,19 +147,15 @@ def measure(folder: Path, options: list[str]) -> dict[str, float]:
 
 def sample(peaks: dict[str, float], done: threading.Event) -> None:
     """Look at the actors of this machine's Ray until ``done``."""
-    import ray
-
-    total = ray.cluster_resources()["object_store_memory"]
     known: dict[int, str] = {}
     turns = 0
     while not done.wait(PERIOD):
         if turns % 25 == 0:
             known = dict(actors())
-            free = ray.available_resources().get("object_store_memory", 0.0)
-            peaks["object store"] = max(peaks["object store"], total - free)
         turns += 1
         for pid, kind in known.items():
-            peaks[kind] = max(peaks[kind], private_bytes(pid))
+            peaks[kind] = max(peaks[kind], resident_bytes(pid))
+    peaks["object store"] = store_bytes()
 
 
 def actors() -> list[tuple[int, str]]:
@@ -163,13 +167,24 @@ def actors() -> list[tuple[int, str]]:
     return found
 
 
-def private_bytes(pid: int) -> float:
+def resident_bytes(pid: int) -> float:
+    """Without shared memory, where the object store is."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0.0
-    match = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return 1024.0 * int(match[1]) if match else 0.0
+    return 1024.0 * sum(int(kb) for kb in re.findall(r"Rss(?:Anon|File):\s+(\d+) kB", status))
+
+
+def store_bytes() -> float:
+    """Pages of the object store's file that were ever written: Ray does not give them back before it ends."""
+    for raylet in psutil.Process().children(recursive=True):
+        if raylet.name() != "raylet":
+            continue
+        for entry in Path(f"/proc/{raylet.pid}/fd").iterdir():
+            if "/plasma" in os.readlink(entry):
+                return 512.0 * entry.stat().st_blocks
+    raise RuntimeError("Ray's node holds no file of an object store")
 
 
 def show(configs: dict[str, dict[str, dict[str, float]]]) -> None:

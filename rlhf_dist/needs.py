@@ -132,6 +132,7 @@ def _memory(cfg: Config, role: Role, models: Models) -> Memory:
                 m.dtype,
                 cfg.policy.learner,
                 tokens=min(t.micro_batch_tokens, _share(t.batch_size, cfg.policy.learner) * longest),
+                forward_tokens=min(t.micro_batch_tokens, _share(cfg.samples_per_step, cfg.policy.learner) * longest),
                 predicted=predicted,
                 saves=saves,
                 exports=True,
@@ -139,8 +140,16 @@ def _memory(cfg: Config, role: Role, models: Models) -> Memory:
             )
         case "critic":
             path, c = cfg.critic.path, cfg.critic.learner
-            tokens = min(t.micro_batch_tokens, _share(t.batch_size, c) * longest)
-            return sizes.learner(shape(path), m.dtype, c, tokens=tokens, predicted=0, saves=saves, exports=False)
+            return sizes.learner(
+                shape(path),
+                m.dtype,
+                c,
+                tokens=min(t.micro_batch_tokens, _share(t.batch_size, c) * longest),
+                forward_tokens=min(t.micro_batch_tokens, _share(cfg.samples_per_step, c) * longest),
+                predicted=0,
+                saves=saves,
+                exports=False,
+            )
         case "generator":
             return sizes.generator(shape(), m.dtype, cfg.generator, gpu_bytes(cfg))
         case "reference":
@@ -159,12 +168,14 @@ def _supervised(cfg: Config, recipe: str, shape: Any) -> Memory:
     policy = recipe != "reward_model"
     path = cfg.reward_model.path if recipe == "reward_model" else None
     # A comparison has two sides; sequences are taken to be as long as they may be.
-    rows = _share(stage.batch_size, stage.learner) * (2 if recipe in ("reward_model", "dpo") else 1)
+    sides = 2 if recipe in ("reward_model", "dpo") else 1
+    rows, held_out = (sides * _share(count, stage.learner) for count in (stage.batch_size, stage.eval_rows))
     return sizes.learner(
         shape(path, stage.max_length, adapters=policy),
         cfg.model.dtype,
         stage.learner,
         tokens=min(stage.micro_batch_tokens, rows * stage.max_length),
+        forward_tokens=min(stage.micro_batch_tokens, held_out * stage.max_length),
         predicted=1.0 if policy else 0.0,
         saves=stage.patience is not None,
         exports=False,

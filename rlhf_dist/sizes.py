@@ -169,6 +169,7 @@ def learner(
     placement: LearnerConfig,
     *,
     tokens: int,
+    forward_tokens: int = 0,
     predicted: float = 1.0,
     saves: bool,
     exports: bool,
@@ -178,6 +179,7 @@ def learner(
 
     Args:
         tokens: of a micro-batch.
+        forward_tokens: of one that is not learnt from: log-probabilities, held-out data.
         predicted: share of them whose logits are computed.
         saves: whether its state is copied for checkpoints while it trains.
         exports: whether the model is copied beside it.
@@ -189,7 +191,7 @@ def learner(
     optimizer = 12 * trained * share
     gathered = min(n, LIVE) * w if stage == 3 else 0.0
     state = (0.0 if stage == 3 else trained * w) + optimizer
-    activations = _activations(shape, w, tokens, predicted)
+    activations = max(_activations(shape, w, tokens, predicted), _forward(shape, forward_tokens, predicted))
     copies = {
         "checkpoint's copy": state if saves else 0.0,
         EXPORTED: n * w if exports and saves else 0.0,
@@ -223,12 +225,16 @@ def _activations(shape: Shape, w: int, tokens: int, predicted: float) -> float:
     return tokens * (layers + predicted * shape.vocabulary * (12 + 3 * w))
 
 
+def _forward(shape: Shape, tokens: int, predicted: float) -> float:
+    """Of a forward pass alone: one layer at a time, and the logits."""
+    return tokens * ((shape.layer or 0.0) + predicted * shape.vocabulary * 13)
+
+
 def frozen(shape: Shape, dtype: str, gpus: float, *, tokens: int, predicted: float = 1.0, sharded: int = 1) -> Memory:
     """A reference or reward model, of which ``sharded`` processes hold one copy."""
     w, n = width(dtype), shape.parameters
     weights = n * w / sharded + (min(n, LIVE) * w if sharded > 1 else 0.0)
-    forward = tokens * ((shape.layer or 0.0) + predicted * shape.vocabulary * 13)
-    parts = {"weights": weights, "activations": forward}
+    parts = {"weights": weights, "activations": _forward(shape, tokens, predicted)}
     program = {"program": PROGRAM["frozen"]}
     return memory(program, parts) if gpus else memory(program | parts)
 
