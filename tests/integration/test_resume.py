@@ -70,6 +70,7 @@ def test_after_kill_9_it_goes_on_as_if_nothing_had_happened(whole: Job, start: C
     again.assert_failed(2, "is finished; choose another name")
 
 
+@pytest.mark.slow  # test_submit.py stops a job
 def test_sigterm_saves_first(whole: Job, start: Callable[..., Job], config: str) -> None:
     job = start("--config", config, *PPO).wait_for_step(3)
     job.process.send_signal(signal.SIGTERM)
