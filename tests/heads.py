@@ -95,12 +95,16 @@ class Head:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        # The image's HEALTHCHECK.
-        deadline = time.monotonic() + 180
-        while self.run("ray", "health-check", "--address", f"127.0.0.1:{self.port}", seconds=60).returncode:
-            assert self.node.poll() is None, (Path(self.temp) / "node.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(1)
+        # The image's HEALTHCHECK; and jobs are taken some seconds later than that.
+        for command in (
+            ["health-check", "--address", f"127.0.0.1:{self.port}"],
+            ["job", "list", "--address", self.address],
+        ):
+            deadline = time.monotonic() + 180
+            while self.run("ray", *command, seconds=60).returncode:
+                assert self.node.poll() is None, (Path(self.temp) / "node.log").read_text()
+                assert time.monotonic() < deadline, command
+                time.sleep(1)
 
     def _processes(self) -> list[psutil.Process]:
         found = []
