@@ -18,7 +18,6 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MARK = "RLHF_DIST_TEST"
-STATES = ("PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED")
 
 
 def free_port() -> int:
@@ -55,9 +54,11 @@ class Head:
         )
 
     def status(self, submission: str) -> str:
-        """One of ``STATES``."""
-        answer = self.run("ray", "job", "status", "--address", self.address, submission, seconds=60).stdout
-        return next(s for s in STATES if s in answer.upper())
+        """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        from ray.job_submission import JobSubmissionClient
+
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        return str(JobSubmissionClient(self.address, headers=token).get_job_status(submission).value)
 
     def die(self) -> None:
         """Every process of this cluster at once, as when the node goes; nothing else on the machine."""

@@ -114,11 +114,10 @@ def test_a_node_that_is_cut_off_in_a_step_is_survived(tmp_path: Path, config: st
     """Ray takes about a minute to see it; the generator of the head goes on with the groups of the other."""
     # Only nodes 0 and 2 have room for a generator.
     places = [f"{group}.resources={{{LEARNER}: 1}}" for group in ("policy.learner", "reference", "reward")]
-    places += ["generator={replicas: 2, cpus: 2}", "train.steps=40"]
+    places += ["generator={replicas: 2, cpus: 1.7}", "train.steps=40"]
     found = run_on_nodes(tmp_path, "--config", config, *places, cut=("2", 2))
     assert found.summary["status"] == "finished"
     assert len(found.steps) == 40
     trained = [row for step in final_line(tmp_path / "job" / "ledger.jsonl") for row in step.rows.values()]
     assert set(Counter(trained).values()) == {5}  # 64 prompts, 40 steps of 8
-    faults = [json.loads(line) for line in (tmp_path / "job" / "faults.jsonl").read_text().splitlines()]
-    assert any(fault["process"].startswith("generator") for fault in faults), faults
+    assert any(fault["process"].startswith("generator") for fault in found.summary["faults"])
