@@ -168,4 +168,5 @@ class WeightSyncConfig(Section):
     """Type of the weights on their way; default ``model.dtype``. bfloat16 halves the bytes of a float32 model, and the
     generators then sample from rounded weights."""
     canary_tolerance: PositiveFloat | None = None
-    """Largest allowed difference of the canary's log-probabilities; default 1e-4 (float32), 0.15 (bfloat16)."""
+    """Largest allowed difference of the canary's log-probabilities, more for tokens that are very unlikely; default
+    1e-4 (float32), 0.15 (bfloat16)."""

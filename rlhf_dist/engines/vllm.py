@@ -33,9 +33,10 @@ from rlhf_dist import schema
 from rlhf_dist.config import GeneratorConfig, ModelConfig, RolloutConfig, WeightSyncConfig
 from rlhf_dist.engines import weight_sync
 from rlhf_dist.engines.adapter_files import AdapterFiles
+from rlhf_dist.engines.canary import canary_difference
 from rlhf_dist.engines.shards import Shard, WeightSyncError
 
-#: Largest difference of canary log-probabilities between learner and generator that a correct sync shows.
+#: Largest :func:`canary_difference` between learner and generator that a correct sync shows.
 #: float32: other kernels and orders of summation. bfloat16: 8 bits of mantissa through all layers.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
 #: Returns ``[C]`` tokens of the fixed canary prompt, and ``[C - 1]`` the learner's log-probabilities of ``tokens[1:]``.
@@ -82,7 +83,7 @@ class SyncRecord:
     load_seconds: float = 0.0
     verify_seconds: float = 0.0
     canary_diff: float = float("nan")
-    """Largest difference of the canary's log-probabilities, learner against generator, new weights."""
+    """Learner against generator, new weights: :func:`canary_difference`."""
     canary_diff_old: float = float("nan")
     """The same against the generator's previous weights: what a skipped load would show."""
     reloaded_after: str = ""
@@ -195,6 +196,7 @@ class GeneratorEngine:
             **_device_options(generator, context),
         )
         self.engine = self.llm.llm_engine
+        self.vocabulary = self.engine.model_config.get_vocab_size()
         self.engine.set_weight_version(str(FROM_DISK))
         if sync.transport == weight_sync.BACKEND:
             self.init_weight_transfer_engine({})
@@ -452,9 +454,9 @@ class GeneratorEngine:
         if not record.version == version or reported != str(version):
             raise WeightSyncError(f"version {version} is expected, {record.version} was loaded, vLLM has {reported}")
         found = self.canary(canary_ids)
-        record.canary_diff = float(np.abs(found - expected).max())
+        record.canary_diff = canary_difference(found, expected, self.vocabulary)
         if self._canary_old is not None:
-            record.canary_diff_old = float(np.abs(self._canary_old - expected).max())
+            record.canary_diff_old = canary_difference(self._canary_old, expected, self.vocabulary)
         record.verify_seconds = time.perf_counter() - started
         if not record.canary_diff <= self.tolerance:  # also catches NaN
             self._restart_running()
