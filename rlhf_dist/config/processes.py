@@ -169,4 +169,4 @@ class WeightSyncConfig(Section):
     generators then sample from rounded weights."""
     canary_tolerance: PositiveFloat | None = None
     """Largest allowed difference of the canary's log-probabilities, more for tokens that are very unlikely; default
-    1e-4 (float32), 0.15 (bfloat16)."""
+    1e-4 (float32), 0.3 (bfloat16)."""

@@ -38,7 +38,7 @@ from rlhf_dist.engines.shards import Shard, WeightSyncError
 
 #: Largest :func:`canary_difference` between learner and generator that a correct sync shows.
 #: float32: other kernels and orders of summation. bfloat16: 8 bits of mantissa through all layers.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.3}
 #: Returns ``[C]`` tokens of the fixed canary prompt, and ``[C - 1]`` the learner's log-probabilities of ``tokens[1:]``.
 Canary = Callable[[], tuple[np.ndarray, np.ndarray]]
 #: Version of weights that came from a checkpoint instead of a learner.
