@@ -3,9 +3,9 @@
     python -m benchmarks.memory                      # five configs with 1 GB of state or more, about ten minutes
     python -m benchmarks.memory --only sft_zero3
 
-Measured is resident memory without what is shared, the largest process of each kind, above a run of the same config
-with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that were ever
-written.
+Measured is the peak of resident memory without what is shared, the largest process of each kind, above a run of the same
+config with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that were
+ever written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "memory.json"
 MARK = "RLHF_DIST_MEMORY"
 #: Actor's class -> how the plan calls what it is.
 KINDS = {"LearnerWorker": "learner", "Generator": "generator", "Reference": "reference"}
-PERIOD = 0.02
+PERIOD = 0.3
 STORE = 2 * 10**9
 
 
@@ -147,14 +147,9 @@ def measure(folder: Path, options: list[str]) -> dict[str, float]:
 
 def sample(peaks: dict[str, float], done: threading.Event) -> None:
     """Look at the actors of this machine's Ray until ``done``."""
-    known: dict[int, str] = {}
-    turns = 0
     while not done.wait(PERIOD):
-        if turns % 25 == 0:
-            known = dict(actors())
-        turns += 1
-        for pid, kind in known.items():
-            peaks[kind] = max(peaks[kind], resident_bytes(pid))
+        for pid, kind in actors():
+            peaks[kind] = max(peaks[kind], peak_bytes(pid))
     peaks["object store"] = store_bytes()
 
 
@@ -167,13 +162,19 @@ def actors() -> list[tuple[int, str]]:
     return found
 
 
-def resident_bytes(pid: int) -> float:
-    """Without shared memory, where the object store is."""
+def peak_bytes(pid: int) -> float:
+    """Highest resident memory so far (``VmHWM``), less libraries and shared memory, of which little ever goes; models
+    that are mapped from their files count."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        maps = Path(f"/proc/{pid}/smaps").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0.0
-    return 1024.0 * sum(int(kb) for kb in re.findall(r"Rss(?:Anon|File):\s+(\d+) kB", status))
+    kb = {name: int(value) for name, value in re.findall(r"(VmHWM|RssFile|RssShmem):\s+(\d+) kB", status)}
+    if len(kb) < 3:  # it is ending
+        return 0.0
+    mapped = sum(int(rss) for rss in re.findall(r"\.safetensors\n(?:[A-Z]\w*:.*\n)*?Rss:\s+(\d+) kB", maps))
+    return 1024.0 * (kb["VmHWM"] - kb["RssFile"] - kb["RssShmem"] + mapped)
 
 
 def store_bytes() -> float:

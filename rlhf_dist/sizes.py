@@ -207,7 +207,7 @@ def learner(
                 on_host[part] = on_gpu.pop(part)
         return memory(on_host, on_gpu)
     held, stepping = (trained * (every + divided * share) for every, divided in HELD[stage, dtype])
-    backward = max(2 * w * trained if stage > 1 else 0.0, activations)
+    backward = (2 * w * trained if stage > 1 else 0.0) + activations
     return memory(
         {
             "program": PROGRAM["learner"],
