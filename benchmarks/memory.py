@@ -3,9 +3,9 @@
     python -m benchmarks.memory                      # five configs with 1 GB of state or more, about ten minutes
     python -m benchmarks.memory --only sft_zero3
 
-Measured is the peak of resident memory without what is shared, the largest process of each kind, above a run of the same
-config with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that were
-ever written.
+Measured is the peak of resident memory without what is shared, the largest process of each kind, above a run of the
+same config with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that
+were ever written.
 """
 
 from __future__ import annotations
