@@ -7,6 +7,7 @@ its long responses sooner takes the next group, whoever was meant to.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,29 @@ class Load:
     sequences: int
     tokens: float
     """Expected tokens, of prompt and responses."""
+
+
+class MeanLength:
+    """Running mean of the tokens of a response: what the next one is expected to have."""
+
+    def __init__(self) -> None:
+        self.tokens = 0.0
+
+    def seen(self, tokens: float) -> None:
+        """The mean length of a group that has finished."""
+        self.tokens = 0.99 * self.tokens + 0.01 * tokens if self.tokens else tokens
+
+    def load(self, sequences: int) -> Load:
+        """Of a group that is about to be sampled."""
+        return Load(sequences, sequences * max(1.0, self.tokens))
+
+
+def capacity(generators: int, max_num_seqs: int) -> int | None:
+    """Sequences that a generator takes before others wait: see :class:`Balancer`.
+
+    A quarter more than an engine decodes at once, so that it never waits for the driver.
+    """
+    return max_num_seqs + math.ceil(max_num_seqs / 4) if generators > 1 else None
 
 
 class Balancer(Generic[Key]):
