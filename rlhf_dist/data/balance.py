@@ -7,6 +7,7 @@ its long responses sooner takes the next group, whoever was meant to.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
 from collections.abc import Hashable, Iterable
@@ -73,18 +74,22 @@ class Balancer(Generic[Key]):
     def assign(self) -> dict[int, list[Key]]:
         """Give waiting groups to generators that have room; returns the new groups of each."""
         given: dict[int, list[Key]] = {}
-        while self.waiting:
-            # Not "room for the whole group": a group larger than the capacity must go somewhere too.
-            room = [
-                i for i, n in enumerate(self.sequences) if self.open[i] and (self.capacity is None or n < self.capacity)
-            ]
-            if not room:
-                break
-            place = min(room, key=lambda i: self.tokens[i])
+        if not self.waiting:
+            return given
+        room = [(tokens, i) for i, tokens in enumerate(self.tokens) if self._has_room(i)]
+        heapq.heapify(room)
+        while self.waiting and room:
+            _, place = heapq.heappop(room)
             group, load = self.waiting.popleft()
             self._hold(place, group, load)
             given.setdefault(place, []).append(group)
+            if self._has_room(place):
+                heapq.heappush(room, (self.tokens[place], place))
         return given
+
+    def _has_room(self, generator: int) -> bool:
+        # Not "room for the whole group": a group larger than the capacity must go somewhere too.
+        return self.open[generator] and (self.capacity is None or self.sequences[generator] < self.capacity)
 
     def finished(self, generator: int, group: Key) -> None:
         """Raises KeyError if the generator does not hold the group."""
