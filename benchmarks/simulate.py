@@ -164,8 +164,8 @@ def show(runs: list[Record]) -> None:
         table.add_row(
             r["model"], f"{r['gpus']:,}", r["tail"], str(r["staleness"]),
             f"{r['generators']} x {r['generator_gpus']} : {r['learner_gpus']}", f"{r['step_seconds']:.1f}",
-            f"{r['tokens_per_second']:,.0f}", f"{r['samples_per_second']:.1f}", f"{r['generators_idle']:.0%}",
-            f"{r['learners_idle']:.0%}", f"{r['age']:.2f}", str(sum(r["deaths"].values())), str(r["retried"]),
+            f"{r['tokens_per_second']:,.0f}", f"{r['samples_per_second']:.1f}", f"{abs(r['generators_idle']):.0%}",
+            f"{abs(r['learners_idle']):.0%}", f"{r['age']:.2f}", str(sum(r["deaths"].values())), str(r["retried"]),
             str(r["dropped"]),
         )  # fmt: skip
     Console(width=160).print(table)
