@@ -1,6 +1,6 @@
 """Clusters that are not there: throughput, idle time, ages and the best split, by simulation.
 
-    python -m benchmarks.simulate                                   # all scenarios, some minutes
+    python -m benchmarks.simulate                                   # all scenarios
     python -m benchmarks.simulate --models 7B --gpus 8 64 --set mfu=0.35 --set network=25e9
     python -m benchmarks.simulate --check RUNFOLDER ...             # predict real runs, from costs fitted on themselves
     python -m benchmarks.simulate --check RUNFOLDER ... --fit RUN   # ... from costs fitted on another one
@@ -32,9 +32,10 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.simulation import measured
-from benchmarks.simulation.cluster import Failures, Lengths, Plan, simulate
+from benchmarks.simulation.cluster import Plan, simulate
 from benchmarks.simulation.costs import MODELS, Hardware, generator_gpus, gpu_costs, least_learner_gpus, slots
 from benchmarks.simulation.generator import Sampling
+from benchmarks.simulation.generators import Failures, Lengths
 from rlhf_dist.observability.charts import HEIGHT, WIDTH, chart
 
 RESULTS = Path(__file__).parent / "results" / "simulate.json"

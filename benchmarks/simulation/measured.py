@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.simulation.cluster import Lengths, Plan, Result, simulate
+from benchmarks.simulation.cluster import Plan, Result, simulate
 from benchmarks.simulation.costs import Costs
 from benchmarks.simulation.generator import Sampling
+from benchmarks.simulation.generators import Lengths
 from rlhf_dist.observability.metrics import read_metrics
 
 #: Steps that are not compared: compilation, first versions.

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import simulate as command
 from benchmarks.simulation import measured
 from benchmarks.simulation.clock import Clock
-from benchmarks.simulation.cluster import Failures, Plan, Result, simulate
+from benchmarks.simulation.cluster import Plan, Result, simulate
 from benchmarks.simulation.costs import MODELS, Costs, Hardware, gpu_costs, slots
 from benchmarks.simulation.generator import Sampling
+from benchmarks.simulation.generators import Failures
 
 #: A step of decoding takes 10 ms whatever runs.
 PLAIN = Costs(step=0.01, load=0.5, update=3.0)
