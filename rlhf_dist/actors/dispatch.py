@@ -26,7 +26,8 @@ from rlhf_dist.actors.group import Group, Holder
 from rlhf_dist.actors.rollouts import Chunk, ChunkInfo, RolloutBatch, Slice
 from rlhf_dist.actors.transport import Weights
 from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, WorkerFailed, explained, wait_for
-from rlhf_dist.data.balance import Balancer, Load
+from rlhf_dist.data.balance import Balancer, MeanLength, capacity
+from rlhf_dist.data.serving import Serving, Sync
 
 
 @dataclass
@@ -47,59 +48,40 @@ class Lane:
     """Of the groups that are under way, their rows of ``prompts``."""
 
 
-@dataclass
-class Sync:
-    """One version of the weights on its way to the generators."""
-
-    version: int
-    refs: list[ObjectRef]
-    published: float
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By generator: what it verified, and ``serving_seconds`` since the publication."""
-
-    def served_by(self, generators: set[int]) -> bool:
-        """Whether all of ``generators``, and at least one, serve this version or a newer one."""
-        return bool(self.records) and generators <= self.records.keys()
-
-
 class GeneratorGroup(Holder):
     """The vLLM engines, as one. One that dies is started anew; meanwhile the others do its work.
 
     consumes: groups to sample, versions of the weights; waits for: nobody; unblocks: batches, as chunks arrive.
 
     Args:
-        capacity: sequences that a generator holds before others wait for a free one.
+        max_num_seqs: sequences that a generator decodes at once.
     """
 
-    def __init__(self, group: Group, capacity: int) -> None:
+    def __init__(self, group: Group, max_num_seqs: int) -> None:
         super().__init__(group)
         self.group = group
         self.actors = group.actors
         self.changed = threading.Condition()
-        self._live = set(range(len(self.actors)))
+        self._serving = Serving(len(self.actors))
         self._newest: Weights | None = None
         self._faults: Faults | None = None
         self.version = -1
         """The newest that was published; whatever is submitted is sampled from this version, or a later one."""
-        self._balancer: Balancer[tuple[int, int]] = Balancer(
-            len(self.actors), capacity if len(self.actors) > 1 else None
-        )
+        n = len(self.actors)
+        self._balancer: Balancer[tuple[int, int]] = Balancer(n, capacity(n, max_num_seqs))
         self._lanes: dict[int, Lane] = {}
         self._numbers = itertools.count()
         self._chunk_numbers = itertools.count()
-        self._syncs: list[Sync] = []
-        self._reported: list[Sync] = []
         self._error: BaseException | None = None
         self._reading = False
-        self._length = 0.0
-        """Running mean of the tokens of a response."""
+        self._lengths = MeanLength()
 
     def open(self, lane: Lane) -> int:
         """A new lane; returns its number."""
         with self.changed:
             if not self._reading:
                 self._reading = True
-                for i in self._live:
+                for i in self._serving.live:
                     self._start_reading(i)
             number = next(self._numbers)
             self._lanes[number] = lane
@@ -111,7 +93,7 @@ class GeneratorGroup(Holder):
             lane = self._lanes.pop(number)
             self._balancer.forget([(number, group) for group in lane.rows])
             if lane.rows:
-                for i in self._live:
+                for i in self._serving.live:
                     self.actors[i].drop.remote(number)
 
     def reset(self) -> None:
@@ -119,8 +101,7 @@ class GeneratorGroup(Holder):
         with self.changed:
             for number in list(self._lanes):
                 self.close(number)
-            self._syncs.clear()
-            self._reported.clear()
+            self._serving.forget()
             self._newest = None
             self._error = None
 
@@ -133,7 +114,7 @@ class GeneratorGroup(Holder):
             sequences = lane.n + lane.greedy
             for group, row in groups:
                 lane.rows[group] = row
-                self._balancer.add((number, group), Load(sequences, sequences * max(1.0, self._length)))
+                self._balancer.add((number, group), self._lengths.load(sequences))
             self._assign()
 
     def generate(
@@ -163,12 +144,12 @@ class GeneratorGroup(Holder):
     def publish(self, weights: Weights) -> None:
         """Send new weights to every generator; returns at once. None serves them before its gate has passed."""
         with self.changed:
-            live = sorted(self._live)
-            sync = Sync(weights.version, weights.deliver([self.actors[i] for i in live]), time.monotonic())
+            live = sorted(self._serving.live)
+            refs = weights.deliver([self.actors[i] for i in live])
+            sync = self._serving.published(weights.version, time.monotonic())
             self._newest = weights
-            self.version = sync.version
-            self._syncs.append(sync)
-        for i, ref in zip(live, sync.refs, strict=True):
+            self.version = weights.version
+        for i, ref in zip(live, refs, strict=True):
             ref.future().add_done_callback(functools.partial(self._loaded, sync, i))
 
     def wait_published(self, version: int) -> list[Sync]:
@@ -179,47 +160,32 @@ class GeneratorGroup(Holder):
             WorkerFailed: a generator refused the weights; names version and tensor.
         """
         with self.changed:
-            done = self.changed.wait_for(lambda: self._error is not None or not self._loading(version), waiting.limit)
+            served = lambda: self._error is not None or not self._serving.loading(version)
+            done = self.changed.wait_for(served, waiting.limit)
             if self._error is not None:
                 raise self._error
             if not done:
                 raise WaitLimitExceeded(
-                    f"the driver waited {waiting.limit:.0f} s for generators {self._loading(version)}, loading version "
-                    f"{version} (run.wait_limit)"
+                    f"the driver waited {waiting.limit:.0f} s for generators {self._serving.loading(version)}, loading "
+                    f"version {version} (run.wait_limit)"
                 )
-            completed, self._reported = self._reported, []
-            return completed
-
-    def _loading(self, version: int) -> list[int]:
-        """Generators that do not serve ``version`` or a newer one yet."""
-        pending = [s for s in self._syncs if s.version <= version]
-        everybody = set(range(len(self.actors)))
-        # With nobody there the version waits for the first who comes back.
-        return sorted({i for s in pending for i in (self._live or everybody) - s.records.keys()})
+            return self._serving.take_complete()
 
     def _loaded(self, sync: Sync, generator: int, future: Any) -> None:
         with self.changed:
-            if sync not in self._syncs:  # given up
+            if sync not in self._serving.pending:  # given up
                 return
             if (error := future.exception()) is not None:
                 if not isinstance(error, RayActorError):  # else the generator itself, which is being started anew
                     self._fail(explained(error, f"generator {generator}, loading version {sync.version}"))
                 return
-            seconds = time.monotonic() - sync.published
-            sync.records[generator] = future.result() | {"serving_seconds": seconds}
-            self._report_syncs()
-
-    def _report_syncs(self) -> None:
-        """Put those aside that every living generator has completed."""
-        done = [sync for sync in self._syncs if sync.served_by(self._live)]
-        self._syncs = [sync for sync in self._syncs if sync not in done]
-        self._reported += done
-        self.changed.notify_all()
+            self._serving.loaded(sync, generator, future.result(), time.monotonic())
+            self.changed.notify_all()
 
     def guard(self, faults: Faults) -> None:
         """Start generators anew that die from here on."""
         self._faults = faults
-        for i in self._live:
+        for i in self._serving.live:
             self.group.watch(i, functools.partial(self._died, i, self.actors[i]))
 
     def release(self) -> None:
@@ -231,9 +197,9 @@ class GeneratorGroup(Holder):
         """Give its unfinished groups to the others, and start another one in its place."""
         with self.changed:
             ended = self._faults is None or self._faults.closed
-            if ended or generator not in self._live or self.actors[generator] is not actor:
+            if ended or generator not in self._serving.live or self.actors[generator] is not actor:
                 return
-            self._live.remove(generator)
+            self._serving.lost(generator)
             if self._newest is not None and not self._newest.can_be_late:
                 cause = self.group.cause_of_death(generator, error)
                 refused = "this weight_sync.transport cannot take in another one, object_store can"
@@ -245,7 +211,7 @@ class GeneratorGroup(Holder):
             for number, groups in by_lane.items():
                 self._lanes[number].lost(groups)
             self._assign()
-            self._report_syncs()
+            self.changed.notify_all()
         threading.Thread(target=self._revive, args=(generator, error), daemon=True).start()
 
     def _revive(self, generator: int, error: Exception) -> None:
@@ -272,7 +238,7 @@ class GeneratorGroup(Holder):
         """As long as it takes while others work: after the loss of a node there may be no place for it yet."""
         while not ray.wait([ready], timeout=self.group.seconds)[0]:
             with self.changed:
-                if not self._live:
+                if not self._serving.live:
                     raise WaitLimitExceeded(
                         f"{name} has not started within {self.group.seconds:.0f} s, and no other is up"
                     )
@@ -288,14 +254,12 @@ class GeneratorGroup(Holder):
         with self.changed:
             if self._newest is not weights:
                 return False
-            for sync in self._syncs:
-                sync.records[generator] = record | {"serving_seconds": time.monotonic() - sync.published}
-            self._live.add(generator)
+            self._serving.joined(generator, record, time.monotonic())
             self._balancer.joined(generator)
             self.group.watch(generator, functools.partial(self._died, generator, actor))
             self._start_reading(generator)
             self._assign()
-            self._report_syncs()
+            self.changed.notify_all()
         return True
 
     def _assign(self) -> None:
@@ -320,7 +284,7 @@ class GeneratorGroup(Holder):
                 info_ref, table = next_chunk.remote()
                 info: ChunkInfo = ray.get(info_ref)
                 with self.changed:
-                    if generator in self._live and self.actors[generator] is actor and info.lane in self._lanes:
+                    if generator in self._serving.live and self.actors[generator] is actor and info.lane in self._lanes:
                         self._arrived(generator, info, table)
         except RayActorError as error:
             if self._faults is not None:
@@ -337,8 +301,7 @@ class GeneratorGroup(Holder):
         for group, tokens in zip(info.groups, info.response_tokens, strict=True):
             self._balancer.finished(generator, (info.lane, group))
             del lane.rows[group]
-            length = tokens / info.samples
-            self._length = 0.99 * self._length + 0.01 * length if self._length else length
+            self._lengths.seen(tokens / info.samples)
         # First the generators get new work, then the chunk is passed on.
         self._assign()
         lane.arrived(Chunk(next(self._chunk_numbers), info, table))

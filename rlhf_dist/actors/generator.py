@@ -222,19 +222,23 @@ class Generator(Worker):
         try:
             while True:
                 self._commands(engine)
-                with self.trace.span(self.name, "generate", running=engine.running):
-                    self._decode(engine)
+                with self.trace.span(self.name, "generate", running=engine.running) as figures:
+                    figures |= self._decode(engine)
         except BaseException as error:  # noqa: BLE001  (a background thread: its death must reach every caller)
             self._error = error
             self.outbox.fail(error)
             for waiting in self._texts.values():
                 waiting.put(error)
 
-    def _decode(self, engine: Any) -> None:
-        """Step until a command can run, or there is nothing to decode."""
+    def _decode(self, engine: Any) -> dict[str, int]:
+        """Step until a command can run, or there is nothing to decode; returns how often, and with how many sequences
+        in all."""
+        steps = sequences = 0
         while True:
             # While a command waits for an idle engine, nothing new begins.
             samples, texts = engine.step(begin=self._next is None)
+            steps += 1
+            sequences += engine.running + len(samples) + len(texts)
             for sample in samples:
                 self.outbox.add(sample)
             self.outbox.poll()
@@ -245,7 +249,7 @@ class Generator(Worker):
             else:
                 done = not engine.active or not self._inbox.empty()
             if done:
-                return
+                return {"steps": steps, "sequences": sequences}
 
     def _commands(self, engine: Any) -> None:
         """Run what waits in the inbox; block only when there is nothing to decode."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +35,13 @@ class Outbox:
     Args:
         chunk_tokens: response tokens that are worth a chunk.
         seconds: that a finished group waits at most; None: without limit, chunks then depend on lengths alone.
+        clock: says the time in seconds; default: the machine's.
     """
 
-    def __init__(self, chunk_tokens: int, seconds: float | None) -> None:
+    def __init__(self, chunk_tokens: int, seconds: float | None, clock: Callable[[], float] | None = None) -> None:
         self.chunk_tokens = chunk_tokens
         self.seconds = seconds
+        self._clock = clock or time.monotonic
         self._lanes: dict[int, _Lane] = {}
         self._ready: queue.Queue[Any] = queue.Queue()
 
@@ -57,7 +59,7 @@ class Outbox:
         if len(group) < lane.samples:
             return
         if not lane.chunk:
-            lane.since = time.monotonic()
+            lane.since = self._clock()
         lane.chunk += sorted(lane.partial.pop(sample.group_id), key=lambda s: s.sample_index)
         lane.tokens += sum(len(s.response_ids) for s in group)
         wave = lane.wave.pop(sample.group_id)
@@ -73,9 +75,21 @@ class Outbox:
         """Send what has waited long enough; the engine's thread calls it after every step."""
         if self.seconds is None:
             return
-        due = time.monotonic() - self.seconds
-        for number in [i for i, lane in self._lanes.items() if lane.chunk and lane.since <= due]:
+        now = self._clock()
+        for number in [i for i, lane in self._lanes.items() if lane.chunk and lane.since + self.seconds <= now]:
             self._send(number)
+
+    @property
+    def due(self) -> float | None:
+        """When :meth:`poll` has something to send, by the clock; None: nothing waits, or without limit."""
+        if self.seconds is None:
+            return None
+        return min((lane.since + self.seconds for lane in self._lanes.values() if lane.chunk), default=None)
+
+    @property
+    def ready(self) -> int:
+        """Chunks that :meth:`get` returns without blocking."""
+        return self._ready.qsize()
 
     def fail(self, error: BaseException) -> None:
         """Nothing comes any more; callers of :meth:`get` get the error."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from ray import ObjectRef
 
-from rlhf_dist.actors.dispatch import GeneratorGroup, Lane, Sync
+from rlhf_dist.actors.dispatch import GeneratorGroup, Lane
 from rlhf_dist.actors.rollouts import Chunk, Columns, RolloutBatch, Slice, Submit
 from rlhf_dist.actors.transport import Weights
 from rlhf_dist.data.ledger import Ledger
 from rlhf_dist.data.prompts import PromptOrder
+from rlhf_dist.data.serving import Sync
 
 
 class RolloutStream:

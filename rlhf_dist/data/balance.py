@@ -7,6 +7,8 @@ its long responses sooner takes the next group, whoever was meant to.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -23,6 +25,29 @@ class Load:
     sequences: int
     tokens: float
     """Expected tokens, of prompt and responses."""
+
+
+class MeanLength:
+    """Running mean of the tokens of a response: what the next one is expected to have."""
+
+    def __init__(self) -> None:
+        self.tokens = 0.0
+
+    def seen(self, tokens: float) -> None:
+        """The mean length of a group that has finished."""
+        self.tokens = 0.99 * self.tokens + 0.01 * tokens if self.tokens else tokens
+
+    def load(self, sequences: int) -> Load:
+        """Of a group that is about to be sampled."""
+        return Load(sequences, sequences * max(1.0, self.tokens))
+
+
+def capacity(generators: int, max_num_seqs: int) -> int | None:
+    """Sequences that a generator takes before others wait: see :class:`Balancer`.
+
+    A quarter more than an engine decodes at once, so that it never waits for the driver.
+    """
+    return max_num_seqs + math.ceil(max_num_seqs / 4) if generators > 1 else None
 
 
 class Balancer(Generic[Key]):
@@ -49,18 +74,22 @@ class Balancer(Generic[Key]):
     def assign(self) -> dict[int, list[Key]]:
         """Give waiting groups to generators that have room; returns the new groups of each."""
         given: dict[int, list[Key]] = {}
-        while self.waiting:
-            # Not "room for the whole group": a group larger than the capacity must go somewhere too.
-            room = [
-                i for i, n in enumerate(self.sequences) if self.open[i] and (self.capacity is None or n < self.capacity)
-            ]
-            if not room:
-                break
-            place = min(room, key=lambda i: self.tokens[i])
+        if not self.waiting:
+            return given
+        room = [(tokens, i) for i, tokens in enumerate(self.tokens) if self._has_room(i)]
+        heapq.heapify(room)
+        while self.waiting and room:
+            _, place = heapq.heappop(room)
             group, load = self.waiting.popleft()
             self._hold(place, group, load)
             given.setdefault(place, []).append(group)
+            if self._has_room(place):
+                heapq.heappush(room, (self.tokens[place], place))
         return given
+
+    def _has_room(self, generator: int) -> bool:
+        # Not "room for the whole group": a group larger than the capacity must go somewhere too.
+        return self.open[generator] and (self.capacity is None or self.sequences[generator] < self.capacity)
 
     def finished(self, generator: int, group: Key) -> None:
         """Raises KeyError if the generator does not hold the group."""

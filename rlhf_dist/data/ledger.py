@@ -30,6 +30,7 @@ keeps the places. So nothing is thrown away, and no long response is put off for
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 
@@ -60,6 +61,8 @@ class Ledger:
         self.running: dict[int, int] = {}
         self.complete: dict[int, int] = {}
         self.batch: dict[int, int] | None = None
+        self._due: Counter[int] = Counter()
+        """Groups that run or are complete, by deadline: counted, because there are thousands and few deadlines."""
 
     def admit(self) -> list[int]:
         """Groups that may be submitted now; they count as running from here on."""
@@ -70,7 +73,7 @@ class Ledger:
         groups = list(range(self.next_group, self.next_group + count))
         self.next_group += count
         self.submitted += count
-        self.running |= dict.fromkeys(groups, self.version + self.max_staleness)
+        self._run(groups)
         return groups
 
     def completed(self, group: int) -> None:
@@ -92,7 +95,7 @@ class Ledger:
     def take(self) -> list[int]:
         """Complete groups that enter the open batch now."""
         taken: list[int] = []
-        if self.batch is None:
+        if self.batch is None or self.full:
             return taken
         room = self._room()
         # A stable sort: equal deadlines in the order of completion.
@@ -100,6 +103,7 @@ class Ledger:
             if len(self.batch) == self.batch_size or any(room[d] < 1 for d in room if d < deadline):
                 break
             self.batch[group] = self.complete.pop(group)
+            self._due[deadline] -= 1
             room = {d: places - (d < deadline) for d, places in room.items()}
             taken.append(group)
         return taken
@@ -108,9 +112,8 @@ class Ledger:
         """For each deadline ``d``: places in the batches up to ``d`` that no outstanding group due by then needs."""
         assert self.batch is not None
         free = self.batch_size - len(self.batch)
-        due = [*self.running.values(), *self.complete.values()]
         return {
-            d: free + (d - self.version) * self.batch_size - sum(other <= d for other in due)
+            d: free + (d - self.version) * self.batch_size - sum(n for other, n in self._due.items() if other <= d)
             for d in range(self.version, self.version + self.max_staleness + 1)
         }
 
@@ -147,7 +150,8 @@ class Ledger:
         They start anew under the current version, which puts off their deadlines.
         """
         again = sorted(self.running.keys() & set(groups))
-        self.running |= dict.fromkeys(again, self.version + self.max_staleness)
+        self._due.subtract(self.running[group] for group in again)
+        self._run(again)
         return again
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +165,7 @@ class Ledger:
         """
         self.next_group = state["next_group"]
         self.submitted += len(state["outstanding"])
-        self.running = dict.fromkeys(state["outstanding"], self.version + self.max_staleness)
+        self._run(state["outstanding"])
         return list(self.running)
 
     def published(self, version: int) -> None:
@@ -171,3 +175,10 @@ class Ledger:
         if self.batch is not None:
             raise ValueError(f"version {version} was published while the batch of version {self.version} is open")
         self.version = version
+        self._due = +self._due
+
+    def _run(self, groups: list[int]) -> None:
+        """``groups`` are sampled from the current version, or a newer one."""
+        deadline = self.version + self.max_staleness
+        self.running |= dict.fromkeys(groups, deadline)
+        self._due[deadline] += len(groups)

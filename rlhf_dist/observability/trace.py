@@ -40,8 +40,10 @@ class Trace:
         self._lock = Lock()
 
     @contextmanager
-    def span(self, process: str, name: str, **args: Any) -> Iterator[None]:
+    def span(self, process: str, name: str, **args: Any) -> Iterator[dict[str, Any]]:
         """Record the body as a span in the row of ``process``; an exception is noted in ``args`` and goes on.
+
+        Yields ``args``, to which the body may add.
 
         Example:
             with trace.span("policy", "update", step=3):
@@ -49,7 +51,7 @@ class Trace:
         """
         start, clock = time.time(), time.perf_counter()
         try:
-            yield
+            yield args
         except BaseException as error:
             args["error"] = type(error).__name__
             raise

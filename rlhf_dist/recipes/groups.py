@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from rlhf_dist.actors.dispatch import GeneratorGroup
@@ -44,8 +43,7 @@ def generators(run: Run, model_path: str, from_learner: bool, context: int | Non
         # Calls of one engine overlap: the one that waits for chunks, groups that are submitted, weights that load.
         concurrency=8,
     )
-    # A quarter more than an engine decodes at once, so that it never waits for the driver.
-    return GeneratorGroup(group, g.max_num_seqs + math.ceil(g.max_num_seqs / 4))
+    return GeneratorGroup(group, g.max_num_seqs)
 
 
 def learner(

@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 
-from rlhf_dist.actors.dispatch import Sync
 from rlhf_dist.actors.rewards import GivenUp
 from rlhf_dist.actors.rollouts import RolloutBatch
 from rlhf_dist.actors.scorer import ScorerGroup, ShardedReward
+from rlhf_dist.data.serving import Sync
 from rlhf_dist.observability.trace import Trace
 from rlhf_dist.run import Run
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.data.balance import Balancer, Load
+from rlhf_dist.data.balance import Balancer, Load, MeanLength, capacity
 
 
 def test_least_tokens_first() -> None:
@@ -14,6 +14,20 @@ def test_least_tokens_first() -> None:
     for group, tokens in enumerate([100, 10, 10, 10]):
         balancer.add(group, Load(1, tokens))
     assert balancer.assign() == {0: [0], 1: [1, 2, 3]}
+
+
+def test_what_a_group_is_expected_to_cost() -> None:
+    lengths = MeanLength()
+    assert lengths.load(4) == Load(4, 4.0), "nothing is known yet"
+    lengths.seen(100.0)
+    assert lengths.load(4) == Load(4, 400.0)
+    lengths.seen(200.0)
+    assert lengths.load(1).tokens == pytest.approx(101.0)
+
+
+def test_a_quarter_more_than_is_decoded_at_once() -> None:
+    assert capacity(2, 10) == 13
+    assert capacity(1, 10) is None, "there is nobody to share with"
 
 
 def test_groups_wait_while_every_generator_is_full() -> None:

@@ -91,6 +91,21 @@ def test_a_finished_group_waits_a_limited_time(monkeypatch: pytest.MonkeyPatch) 
     assert sent(outbox) == [[(1, 0)]]
 
 
+def test_a_clock_of_the_callers() -> None:
+    now = 5.0
+    outbox = Outbox(chunk_tokens=1000, seconds=0.1, clock=lambda: now)
+    outbox.expect(0, 0, [1, 2], samples=1)
+    assert outbox.due is None
+    finish(outbox, 1, samples=1)
+    assert outbox.due == 5.1
+    outbox.poll()
+    assert outbox.ready == 0
+    now = outbox.due
+    outbox.poll()
+    assert (outbox.ready, outbox.due) == (1, None)
+    assert Outbox(1000, seconds=None).due is None
+
+
 def test_the_error_that_ended_the_engine_reaches_every_caller() -> None:
     outbox = Outbox(1, None)
     error = RuntimeError("out of memory")
