@@ -3,9 +3,9 @@
     python -m benchmarks.memory                      # five configs with 1 GB of state or more, about ten minutes
     python -m benchmarks.memory --only sft_zero3
 
-Measured is the peak of resident memory without what is shared, the largest process of each kind, above a run of the
-same config with a model of next to nothing: what the libraries take. Of the object store, the pages of its file that
-were ever written.
+Measured is the peak of resident memory without what is shared, the largest process of each kind, above what a process
+holds at the end of a run of the same config with a model of next to nothing: what the libraries take. Of the object
+store, the pages of its file that were ever written.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ SUPERVISED = [
 PPO = [
     "recipe=ppo",
     "critic.warmup_steps=0",
-    "rollout={batch_size: 16, max_prompt_length: 14, max_response_length: 24}",
-    "train={steps: 4, batch_size: 32}",
+    "rollout={batch_size: 8, max_prompt_length: 14, max_response_length: 24}",
+    "train={steps: 3, batch_size: 32}",
     "evaluation={prompts: 8, n_samples_per_prompt: 1, greedy: false, metrics: [], group_by: null}",
     "run.checkpoint_every=1",
-    "generator.kv_cache_gb=0.1",  # which 64 sequences fill
+    "generator.kv_cache_gb=0.06",  # which 32 sequences and the canary nearly fill
     *GRPO,
 ]
 GROUPS = "rollout.n_samples_per_prompt=4"
@@ -94,7 +94,7 @@ def compare(folder: Path, size: tuple[int, int], options: list[str]) -> dict[str
     """Predicted and measured bytes, by kind of process, and of the object store."""
     large = prepared(folder / "large", model(*size), options)
     small = prepared(folder / "small", TINY, [*options, "generator.kv_cache_gb=0.02"])
-    base, found = measure(folder / "small", small), measure(folder / "large", large)
+    base, found = measure(folder / "small", small)[1], measure(folder / "large", large)[0]
     planned, program = predicted(large), predicted(small)
     return {
         kind: {"predicted": planned[kind] - program[kind], "measured": found[kind] - base[kind], "base": base[kind]}
@@ -123,17 +123,18 @@ def predicted(options: list[str]) -> dict[str, float]:
     return dict(found)
 
 
-def measure(folder: Path, options: list[str]) -> dict[str, float]:
-    """Peaks of one run, in bytes."""
+def measure(folder: Path, options: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Peaks of one run in bytes, and what was held at its end."""
     import ray
 
     peaks: dict[str, float] = defaultdict(float)
+    ends: dict[str, float] = {"object store": 0.0}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=4, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, MARK: str(folder), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     done = threading.Event()
-    sampler = threading.Thread(target=sample, args=(peaks, done))
+    sampler = threading.Thread(target=sample, args=(peaks, ends, done))
     sampler.start()
     try:
         command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
@@ -142,14 +143,16 @@ def measure(folder: Path, options: list[str]) -> dict[str, float]:
         done.set()
         sampler.join()
         ray.shutdown()
-    return dict(peaks)
+    return dict(peaks), ends
 
 
-def sample(peaks: dict[str, float], done: threading.Event) -> None:
+def sample(peaks: dict[str, float], ends: dict[str, float], done: threading.Event) -> None:
     """Look at the actors of this machine's Ray until ``done``."""
     while not done.wait(PERIOD):
         for pid, kind in actors():
-            peaks[kind] = max(peaks[kind], peak_bytes(pid))
+            if (memory := memory_of(pid)) is not None:
+                peak, ends[kind] = memory
+                peaks[kind] = max(peaks[kind], peak)
     peaks["object store"] = store_bytes()
 
 
@@ -162,19 +165,22 @@ def actors() -> list[tuple[int, str]]:
     return found
 
 
-def peak_bytes(pid: int) -> float:
-    """Highest resident memory so far (``VmHWM``), less libraries and shared memory, of which little ever goes; models
-    that are mapped from their files count."""
+def memory_of(pid: int) -> tuple[float, float] | None:
+    """Bytes of a process without libraries and shared memory: its peak so far, and now; None when it has ended.
+
+    The peak is the kernel's of all memory (``VmHWM``), less libraries and shared memory, of which little ever goes.
+    Models that are mapped from their files count.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         maps = Path(f"/proc/{pid}/smaps").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it has ended
-        return 0.0
-    kb = {name: int(value) for name, value in re.findall(r"(VmHWM|RssFile|RssShmem):\s+(\d+) kB", status)}
-    if len(kb) < 3:  # it is ending
-        return 0.0
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    kb = {name: int(value) for name, value in re.findall(r"(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", status)}
+    if len(kb) < 4:
+        return None
     mapped = sum(int(rss) for rss in re.findall(r"\.safetensors\n(?:[A-Z]\w*:.*\n)*?Rss:\s+(\d+) kB", maps))
-    return 1024.0 * (kb["VmHWM"] - kb["RssFile"] - kb["RssShmem"] + mapped)
+    return 1024.0 * (kb["VmHWM"] - kb["RssFile"] - kb["RssShmem"] + mapped), 1024.0 * kb["RssAnon"]
 
 
 def store_bytes() -> float:
