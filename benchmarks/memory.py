@@ -4,7 +4,7 @@
     python -m benchmarks.memory --only sft_zero3
 
 Measured is the peak of resident memory without what is shared, the largest process of each kind, above what a process
-holds at the end of a run of the same config with a model of next to nothing: what the libraries take. Of the object
+mostly holds in a run of the same config with a model of next to nothing: what the libraries take. Of the object
 store, the pages of its file that were ever written.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -124,17 +125,17 @@ def predicted(options: list[str]) -> dict[str, float]:
 
 
 def measure(folder: Path, options: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Peaks of one run in bytes, and what was held at its end."""
+    """Peaks of one run in bytes, and the median of what was held."""
     import ray
 
     peaks: dict[str, float] = defaultdict(float)
-    ends: dict[str, float] = {"object store": 0.0}
+    held: dict[str, list[float]] = defaultdict(list)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=4, object_store_memory=STORE, include_dashboard=False, log_to_driver=False)
     address = ray.get_runtime_context().gcs_address
     environment = {**os.environ, MARK: str(folder), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     done = threading.Event()
-    sampler = threading.Thread(target=sample, args=(peaks, ends, done))
+    sampler = threading.Thread(target=sample, args=(peaks, held, done))
     sampler.start()
     try:
         command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
@@ -143,17 +144,18 @@ def measure(folder: Path, options: list[str]) -> tuple[dict[str, float], dict[st
         done.set()
         sampler.join()
         ray.shutdown()
-    return dict(peaks), ends
+    return dict(peaks), {kind: statistics.median(values) for kind, values in held.items()}
 
 
-def sample(peaks: dict[str, float], ends: dict[str, float], done: threading.Event) -> None:
+def sample(peaks: dict[str, float], held: dict[str, list[float]], done: threading.Event) -> None:
     """Look at the actors of this machine's Ray until ``done``."""
     while not done.wait(PERIOD):
         for pid, kind in actors():
             if (memory := memory_of(pid)) is not None:
-                peak, ends[kind] = memory
-                peaks[kind] = max(peaks[kind], peak)
+                peaks[kind] = max(peaks[kind], memory[0])
+                held[kind].append(memory[1])
     peaks["object store"] = store_bytes()
+    held["object store"] = [0.0]
 
 
 def actors() -> list[tuple[int, str]]:

@@ -27,6 +27,7 @@ KNOBS = {
     "activations": "smaller micro_batch_tokens of the group",
     "weights": "model.dtype bfloat16, zero_stage 3 with more ranks (generators: tensor_parallel_size; frozen models: "
     "sharded)",
+    "weights that are loaded": "model.dtype bfloat16",
     "KV cache": "a smaller generator.kv_cache_gb, on GPUs generator.gpu_memory_utilization",
     "checkpoint's copy": "more ranks, which share the copy",
     sizes.EXPORTED: "model.dtype bfloat16",
@@ -123,6 +124,7 @@ def _memory(cfg: Config, role: Role, models: Models) -> Memory:
         return models.shape(path, plain, sequence)
 
     saves = cfg.run.checkpoint_every > 0
+    learning = any(stage.recipe == "ppo" and stage.label == role.stage for stage in cfg.stages)
     t, step = cfg.train, cfg.samples_per_step * longest
     match role.role:
         case "policy":
@@ -151,7 +153,7 @@ def _memory(cfg: Config, role: Role, models: Models) -> Memory:
                 exports=False,
             )
         case "generator":
-            return sizes.generator(shape(), m.dtype, cfg.generator, gpu_bytes(cfg))
+            return sizes.generator(shape(), m.dtype, cfg.generator, gpu_bytes(cfg), loads=learning)
         case "reference":
             f = cfg.reference
             processes = f.replicas if f.sharded else 1

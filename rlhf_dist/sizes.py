@@ -15,7 +15,7 @@ from rlhf_dist.config import GeneratorConfig, LearnerConfig, ModelConfig
 
 GIB = 2**30
 #: What a process holds once its libraries are imported, in bytes.
-PROGRAM = {"learner": 0.55e9, "frozen": 0.45e9, "generator": 0.75e9}
+PROGRAM = {"learner": 0.5e9, "frozen": 0.4e9, "generator": 0.8e9}
 #: ZeRO stage and dtype -> bytes for each trained parameter, beside weights and optimizer: held between micro-batches,
 #: and in the optimizer step; each as (on every rank, divided over the ranks). Gradients, their flat copies, DeepSpeed's
 #: buffers, and what torch's AdamW computes with. Measured with DeepSpeed 0.19.8 on CPUs.
@@ -239,8 +239,12 @@ def frozen(shape: Shape, dtype: str, gpus: float, *, tokens: int, predicted: flo
     return memory(program, parts) if gpus else memory(program | parts)
 
 
-def generator(shape: Shape, dtype: str, g: GeneratorConfig, gpu_bytes: float | None) -> Memory:
-    """A vLLM engine; on GPUs figures are those of one GPU, whose memory ``gpu_bytes`` vLLM fills up to its limit."""
+def generator(shape: Shape, dtype: str, g: GeneratorConfig, gpu_bytes: float | None, loads: bool = False) -> Memory:
+    """A vLLM engine; on GPUs figures are those of one GPU, whose memory ``gpu_bytes`` vLLM fills up to its limit.
+
+    Args:
+        loads: new weights come from a learner; vLLM's layerwise reload ends with the memory of two copies on CPUs.
+    """
     weights = shape.parameters * width(dtype) / (g.tensor_parallel_size if g.gpus else 1)
     if g.gpus:
         cache = max(0.0, g.gpu_memory_utilization * gpu_bytes - weights) if gpu_bytes else 0.0
@@ -249,6 +253,7 @@ def generator(shape: Shape, dtype: str, g: GeneratorConfig, gpu_bytes: float | N
         {
             "program": PROGRAM["generator"] * g.tensor_parallel_size,
             "weights": weights,
+            "weights that are loaded": weights if loads else 0.0,
             "KV cache": g.kv_cache_gb * GIB * g.tensor_parallel_size,
         }
     )
