@@ -149,11 +149,14 @@ def measure(folder: Path, options: list[str]) -> tuple[dict[str, float], dict[st
 
 def sample(peaks: dict[str, float], held: dict[str, list[float]], done: threading.Event) -> None:
     """Look at the actors of this machine's Ray until ``done``."""
+    newest: dict[tuple[str, int], float] = {}
     while not done.wait(PERIOD):
         for pid, kind in actors():
             if (memory := memory_of(pid)) is not None:
-                peaks[kind] = max(peaks[kind], memory[0])
+                newest[kind, pid] = memory[0]
                 held[kind].append(memory[1])
+    for (kind, _), peak in newest.items():
+        peaks[kind] = max(peaks[kind], peak)
     peaks["object store"] = store_bytes()
     held["object store"] = [0.0]
 
@@ -171,7 +174,7 @@ def memory_of(pid: int) -> tuple[float, float] | None:
     """Bytes of a process without libraries and shared memory: its peak so far, and now; None when it has ended.
 
     The peak is the kernel's of all memory (``VmHWM``), less libraries and shared memory, of which little ever goes.
-    Models that are mapped from their files count.
+    Models that are mapped from their files now count; the file's cache while they are read into another type does not.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()

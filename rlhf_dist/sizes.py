@@ -15,7 +15,7 @@ from rlhf_dist.config import GeneratorConfig, LearnerConfig, ModelConfig
 
 GIB = 2**30
 #: What a process holds once its libraries are imported, in bytes.
-PROGRAM = {"learner": 0.5e9, "frozen": 0.4e9, "generator": 0.8e9}
+PROGRAM = {"learner": 0.5e9, "frozen": 0.4e9, "generator": 0.55e9}
 #: ZeRO stage and dtype -> bytes for each trained parameter, beside weights and optimizer: held between micro-batches,
 #: and in the optimizer step; each as (on every rank, divided over the ranks). Gradients, their flat copies, DeepSpeed's
 #: buffers, and what torch's AdamW computes with. Measured with DeepSpeed 0.19.8 on CPUs.
