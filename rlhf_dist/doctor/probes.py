@@ -140,7 +140,8 @@ def file_system(url: str) -> str:
 
 def listen() -> tuple[str, int, str]:
     """Listen on a port as learners do, until this process ends; returns address, port and what it says to a caller."""
-    server, word = socket.create_server(("", 0), backlog=128), secrets.token_hex(8)
+    address = ray.util.get_node_ip_address()
+    server, word = socket.create_server((address, 0), backlog=128), secrets.token_hex(8)
 
     def serve() -> None:
         while True:
@@ -149,7 +150,7 @@ def listen() -> tuple[str, int, str]:
                 connection.sendall(word.encode())
 
     threading.Thread(target=serve, daemon=True).start()
-    return ray.util.get_node_ip_address(), server.getsockname()[1], word
+    return address, server.getsockname()[1], word
 
 
 def reach(targets: dict[str, tuple[str, int, str]]) -> dict[str, str]:
@@ -181,8 +182,9 @@ def gpus() -> dict[str, Any]:
 
 def meet() -> tuple[str, int]:
     """Address and port where the ranks of :func:`all_reduce` meet, rank 0 being on this node."""
-    _meeting.append(socket.create_server(("", 0)))
-    return ray.util.get_node_ip_address(), _meeting[0].getsockname()[1]
+    address = ray.util.get_node_ip_address()
+    _meeting.append(socket.create_server((address, 0)))
+    return address, _meeting[0].getsockname()[1]
 
 
 def all_reduce(ranks: Sequence[int], world: int, address: str, port: int) -> str:

@@ -116,7 +116,7 @@ def test_a_cluster_of_its_own(tmp_path: Path) -> None:
     code, lines = examine(cluster, f"run.root={tmp_path / 'file' / 'runs'}")
     assert code == 1
     assert "a local cluster, as a run would start it: 1 node, 2 CPUs" in line(lines, "cluster")
-    [fault] = [text for text in lines if text.startswith("fault")]
+    [fault] = [text for text in lines if text.startswith("fault ")]
     assert f"run.root: the driver cannot write to {tmp_path / 'file' / 'runs'}: " in fault
     assert "2 ranks on 1 node by gloo" in line(lines, "all-reduce")
     assert lines[-1].endswith("a run would be stopped")
