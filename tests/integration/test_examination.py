@@ -90,7 +90,7 @@ def test_what_is_missing_is_named(two_nodes: str, private: Path) -> None:
     data = ["data.format=prompts", f"data.dir={private}", "data.train=train.jsonl"]
     code, lines = examine(f"cluster.address={two_nodes}", f"run.root={private}", asked, *data)
     assert code == 1
-    faults = [text for text in lines if text.startswith("fault")]
+    faults = [text for text in lines if text.startswith("fault ")]
     assert len(faults) == 3, lines
     assert "stage sft needs 2 of the resource fast (sft 2x1), but the cluster has 0" in line(faults, "resources")
     assert f"data.train=train.jsonl: no such file in {private} (on {second})" in line(faults, "files")
