@@ -111,7 +111,7 @@ def prepared(folder: Path, shape: dict[str, Any], options: list[str]) -> list[st
 def predicted(options: list[str]) -> dict[str, float]:
     """Bytes of the largest process of each kind, and of the object store, as planned."""
     from rlhf_dist.config_io import load
-    from rlhf_dist.needs import Models, needs, object_store
+    from rlhf_dist.needs import needs, object_store, sent_parameters
 
     cfg = load(None, options)
     found: dict[str, float] = defaultdict(float)
@@ -120,7 +120,7 @@ def predicted(options: list[str]) -> dict[str, float]:
         if need.role.role not in ("reward", "metrics"):
             found[kind] = max(found[kind], need.memory.host_bytes)
     if cfg.runs_ppo:
-        found["object store"] = sum(object_store(cfg, Models(cfg).shape(None, cfg.model, 8).trained).values())
+        found["object store"] = sum(object_store(cfg, sent_parameters(cfg)).values())
     return dict(found)
 
 

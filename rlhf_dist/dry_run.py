@@ -10,7 +10,17 @@ import psutil
 
 from rlhf_dist import manifest
 from rlhf_dist.config import Config
-from rlhf_dist.needs import GB, Models, Need, check_memory, gpu_bytes, needs, object_store, rollout_bytes
+from rlhf_dist.needs import (
+    GB,
+    Need,
+    check_memory,
+    gpu_bytes,
+    needs,
+    object_store,
+    ppo_of,
+    rollout_bytes,
+    sent_parameters,
+)
 from rlhf_dist.observability.formats import human
 from rlhf_dist.observability.terminal import Terminal
 from rlhf_dist.planner import Role, check_files, roles
@@ -27,7 +37,7 @@ def dry_run(cfg: Config, emit: str | None = None) -> int:
         return _emit(cfg)
     terminal = Terminal()
     terminal.title(f"{cfg.recipe}: {cfg.description}" if cfg.description else cfg.recipe)
-    ppo = next((cfg.of(stage) for stage in cfg.stages if stage.recipe == "ppo"), None)
+    ppo = ppo_of(cfg)
     if ppo is not None:
         terminal.table("One PPO step", ["", ""], _arithmetic(ppo))
     rows = [
@@ -92,7 +102,7 @@ def _rows(found: Sequence[Need]) -> list[list[str]]:
 
 
 def _traffic(ppo: Config, terminal: Terminal) -> None:
-    parameters = Models(ppo).shape(None, ppo.model, 8).trained
+    parameters = sent_parameters(ppo)
     weights = parameters * width(ppo.weight_sync.wire_dtype or ppo.model.dtype)
     terminal.info(
         f"each step sends {_bytes(weights)} of weights to each node with generators, and at most "

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rlhf_dist.config import Config
-from rlhf_dist.needs import Models, Need, needs, object_store
+from rlhf_dist.needs import Need, needs, object_store, ppo_of, sent_parameters
 
 GIB = 2**30
 GPUS_OF_A_NODE = 8
@@ -63,8 +63,8 @@ def emit(cfg: Config) -> str:
 def groups(cfg: Config) -> list[Group]:
     """The pods that a config needs."""
     found = needs(cfg)
-    ppo = next((cfg.of(stage) for stage in cfg.stages if stage.recipe == "ppo"), None)
-    stored = sum(object_store(ppo, Models(ppo).shape(None, ppo.model, 8).trained).values()) if ppo else 0.0
+    ppo = ppo_of(cfg)
+    stored = sum(object_store(ppo, sent_parameters(ppo)).values()) if ppo else 0.0
     store = int(max(LEAST_STORE, stored / FILLED))
     names = dict.fromkeys(_place(need) for need in found)
     return [_group(name, [n for n in found if _place(n) == name], store) for name in names]

@@ -213,6 +213,16 @@ def gpu_bytes(cfg: Config) -> float | None:
     return cfg.cluster.gpu_memory_gb * GB if cfg.cluster.gpu_memory_gb else None
 
 
+def ppo_of(cfg: Config) -> Config | None:
+    """The config of the PPO stage, the first where there are several."""
+    return next((cfg.of(stage) for stage in cfg.stages if stage.recipe == "ppo"), None)
+
+
+def sent_parameters(ppo: Config) -> int:
+    """Parameters that every version of the policy brings."""
+    return Models(ppo).shape(None, ppo.model, 8).trained
+
+
 def object_store(cfg: Config, parameters: int) -> dict[str, float]:
     """Bytes that a PPO step keeps in the object store: two versions of the weights, since the new one arrives while
     the old one may still be read, and the rollouts of all steps that are under way."""

@@ -20,6 +20,17 @@ from rlhf_dist.observability.metrics import read_metrics
 MARK = "RLHF_DIST_TEST"
 # Heads of 32: vLLM's attention on CPUs takes no smaller ones.
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128, "initializer_range": 0.1}
+#: The embedded default, less of it.
+SHORTER = [
+    "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
+    "data.world={demonstrations: 320, comparisons: 160, prompts: 64, test_prompts: 32}",
+    "compare={prompts: 32, pairs: 40}",
+    "sft.epochs=1",
+    "rollout={batch_size: 16, chunk_tokens: 200}",
+    "train={steps: 6, batch_size: 16}",
+    "critic.warmup_steps=1",
+    "evaluation={prompts: 8, n_samples_per_prompt: 1}",
+]
 REWARDS = """
 import time
 

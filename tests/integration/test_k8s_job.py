@@ -17,6 +17,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 from heads import Head, free_port
+from jobs import SHORTER
 from manifests import (
     ROOT,
     Objects,
@@ -35,19 +36,6 @@ from rlhf_dist.observability.metrics import read_metrics
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(renderer() is None, reason="neither kubectl nor kustomize is installed"),
-]
-
-#: The same program, less of it.
-SHORTER = [
-    "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 320, comparisons: 160, prompts: 64, test_prompts: 32}",
-    "compare={prompts: 32, pairs: 40}",
-    "sft.epochs=1",
-    "rollout={batch_size: 16, chunk_tokens: 200}",
-    "train={steps: 6, batch_size: 16}",
-    "critic.warmup_steps=1",
-    "evaluation={prompts: 8, n_samples_per_prompt: 1}",
-    "run.checkpoint_every=1",
 ]
 
 
@@ -77,7 +65,10 @@ class Attempt(Head):
         entry = spec["entrypoint"]
         for path, place in self.places.items():
             entry = entry.replace(path, str(place))
-        entry += "".join(f" {shlex.quote(o)}" for o in [*SHORTER, f"run.prometheus_port={self.metrics_port}"])
+        entry += "".join(
+            f" {shlex.quote(o)}"
+            for o in [*SHORTER, "run.checkpoint_every=1", f"run.prometheus_port={self.metrics_port}"]
+        )
         environment = json.dumps(json.dumps(yaml.safe_load(spec["runtimeEnvYAML"])))
         to = f"--address {self.address}"
         script = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import REWARDS
+from jobs import REWARDS, SHORTER
 
 from rlhf_dist.data.trained import final_line
 from rlhf_dist.observability.metrics import read_metrics
@@ -34,18 +34,7 @@ PLACES = [
     f"reference.resources={{{SCORER}: 1}}",
     f"reward.resources={{{SCORER}: 1}}",
 ]
-#: The embedded default, less of it.
-SHORTER = [
-    "model.architecture={hidden_size: 64, intermediate_size: 128, num_attention_heads: 2, num_key_value_heads: 2}",
-    "data.world={demonstrations: 320, comparisons: 160, prompts: 64, test_prompts: 32}",
-    "compare={prompts: 32, pairs: 40}",
-    "sft.epochs=1",
-    "rollout={batch_size: 16, chunk_tokens: 200}",
-    "train={steps: 6, batch_size: 16}",
-    "critic.warmup_steps=1",
-    "evaluation={prompts: 8, n_samples_per_prompt: 1}",
-    *(f"{stage}.learner.resources={{{LEARNER}: 1}}" for stage in ("sft", "reward_model", "critic")),
-]
+DEFAULT = [*SHORTER, *(f"{stage}.learner.resources={{{LEARNER}: 1}}" for stage in ("sft", "reward_model", "critic"))]
 
 
 class Outcome:
@@ -103,7 +92,7 @@ def test_two_ranks_on_one_node_a_generator_on_another(tmp_path: Path, config: st
 
 @pytest.mark.slow
 def test_the_embedded_default_over_three_nodes(tmp_path: Path) -> None:
-    found = run_on_nodes(tmp_path, *SHORTER, *PLACES)
+    found = run_on_nodes(tmp_path, *DEFAULT, *PLACES)
     assert found.summary["status"] == "finished"
     assert len(found.steps) == 6
     assert found.nodes[GENERATOR]["received"] > 7 * found.weights
