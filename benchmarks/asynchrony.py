@@ -23,17 +23,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bare_vllm import bare_loops
 from benchmarks.machine import describe
+from rlhf_dist.config_io import load
+from rlhf_dist.data.load import load_prompts
+from rlhf_dist.data.prompts import PromptOrder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "asynchrony.json"
+#: What a process does before there is anything to do.
+STARTING = ("python", "import", "start")
 #: Steps that are not counted: compilation, first versions.
 WARM_UP = 3
 MODEL = {
@@ -122,10 +127,11 @@ def run(folder: Path, name: str, options: list[str]) -> list[dict[str, Any]]:
 
 
 def busy_seconds(trace: Path, process: str) -> float:
-    """All that one process did, in seconds."""
+    """All that one process did once it had started, in seconds."""
     events = json.loads(trace.read_text())["traceEvents"]
     number = next(e["pid"] for e in events if e["name"] == "process_name" and e["args"]["name"] == process)
-    return sum(e["dur"] for e in events if e.get("ph") == "X" and e["pid"] == number) / 1e6
+    mine = [e for e in events if e.get("ph") == "X" and e["pid"] == number and e["name"] not in STARTING]
+    return sum(e["dur"] for e in mine) / 1e6
 
 
 def seconds_per_step(lines: list[dict[str, Any]]) -> float:
@@ -195,61 +201,14 @@ def tails(folder: Path, repetitions: int) -> list[dict[str, Any]]:
 
 
 def bare(policy: Path) -> float:
-    """Response tokens per second of ``LLM.generate`` on the requests of the first steps, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    code = f"from benchmarks.asynchrony import bare_loop; bare_loop({str(policy)!r})"
-    out = subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    return float(out.stdout.splitlines()[-1])
-
-
-def bare_loop(policy: str) -> None:
-    """Prints the tokens per second."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM, SamplingParams
-
-    from rlhf_dist.actors.generator import sample_seed
-    from rlhf_dist.config_io import load
-    from rlhf_dist.data.batching import Ragged
-    from rlhf_dist.data.load import load_prompts
-    from rlhf_dist.data.prompts import PromptOrder
-    from rlhf_dist.data.tokenization import load_tokenizer
-
-    cfg = load(None, [*COMMON, *GRPO, *TAILS, *ONE, f"model.path={policy}"])
-    tokenizer = load_tokenizer(policy)
-    table = load_prompts(cfg, policy, "train")[0]
-    prompts = Ragged.of(table, "prompt_ids")
-    groups = cfg.rollout.batch_size * cfg.train.steps
-    rows = PromptOrder(table.num_rows, cfg.seed, cfg.data.shuffle).take(groups)
-    requests, params = [], []
-    for group, row in enumerate(rows):
-        for i in range(cfg.rollout.n_samples_per_prompt):
-            requests.append({"prompt_token_ids": prompts[row].tolist()})
-            params.append(
-                SamplingParams(
-                    max_tokens=cfg.rollout.max_response_length,
-                    stop_token_ids=[tokenizer.eos_token_id],
-                    seed=sample_seed(cfg.seed, group, i),
-                    logprobs=0,
-                    flat_logprobs=True,
-                    detokenize=False,
-                )
-            )
-    llm = LLM(
-        model=policy,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_model_len=cfg.rollout.max_prompt_length + cfg.rollout.max_response_length,
-        max_num_seqs=cfg.generator.max_num_seqs,
-        kv_cache_memory_bytes=int(cfg.generator.kv_cache_gb * 2**30),
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=8192,
-        logprobs_mode="processed_logprobs",
-    )
-    llm.generate(requests[:64], params[:64], use_tqdm=False)  # compiles
-    started = time.perf_counter()
-    outs = llm.generate(requests, params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    print(sum(len(out.outputs[0].token_ids) for out in outs) / seconds)
+    """Response tokens per second of ``LLM.generate`` on the requests of all steps."""
+    options = [*COMMON, *GRPO, *TAILS, *ONE, f"model.path={policy}"]
+    cfg = load(None, options)
+    prompts = load_prompts(cfg, str(policy), "train")[0].num_rows
+    rows = PromptOrder(prompts, cfg.seed, cfg.data.shuffle).take(cfg.rollout.batch_size * cfg.train.steps)
+    with bare_loops(options) as loops:
+        tokens, seconds = loops.generate(list(enumerate(rows)))
+    return tokens / seconds
 
 
 def show(part: str, runs: list[dict[str, Any]]) -> None:

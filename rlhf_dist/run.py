@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from rlhf_dist import artifacts, checkpoint, connection, planner
@@ -39,7 +40,7 @@ from rlhf_dist.observability.metrics import MetricsWriter
 from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary
 from rlhf_dist.observability.terminal import Terminal
-from rlhf_dist.observability.trace import Trace
+from rlhf_dist.observability.trace import Span, Trace
 from rlhf_dist.resuming import unfinished
 
 #: Ray gives it to the driver of a job.
@@ -280,8 +281,12 @@ class Run:
         self.metrics = self._open.enter_context(
             MetricsWriter(self.path("metrics.jsonl"), r.prometheus_port, r.prometheus_host)
         )
-        self._connect()
-        self.model = prepare_model(self.cfg, str(self.folder))
+        began = psutil.Process().create_time()
+        self.trace.add([Span(name="python", process="driver", start=began, end=time.time(), args={})])
+        with self.trace.span("driver", "connect"):
+            self._connect()
+        with self.trace.span("driver", "prepare_model"):
+            self.model = prepare_model(self.cfg, str(self.folder))
         self.tokenizer_dir: str = self.model["tokenizer_dir"]
         self.model_path: str = self.model["model_path"]
         self.eos_id: int = self.model["eos_token_id"]
@@ -330,7 +335,7 @@ class Run:
         # at its exit, a thread pool's included, and a run that failed or was interrupted must not wait for the rest.
         for item in present.items():
             threading.Thread(target=wait, args=item, daemon=True).start()
-        with self.terminal.starting(dict.fromkeys(present, 1)) as starting:
+        with self.terminal.starting(dict.fromkeys(present, 1)) as starting, self.trace.span("driver", "start"):
             for _ in present:
                 name, error = finished.get()
                 if error is not None:

@@ -48,13 +48,15 @@ class Experience(Worker):
         rollout_dir: str | None,
     ) -> None:
         super().__init__("experience")
-        from rlhf_dist.data.tokenization import load_tokenizer
+        with self.trace.span(self.name, "import"):
+            from rlhf_dist.data.tokenization import load_tokenizer
 
         self.algo = algo
         self.reward = reward
         self.max_response_length = max_response_length
         self.max_staleness = max_staleness
-        self.tokenizer = load_tokenizer(tokenizer_dir)
+        with self.trace.span(self.name, "start"):
+            self.tokenizer = load_tokenizer(tokenizer_dir)
         self.rollout_dir = Path(rollout_dir) if rollout_dir else None
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future | None = None

@@ -213,7 +213,7 @@ class Generator(Worker):
 
     def _loop(self, *arguments: Any) -> None:
         try:
-            engine = _make_engine(self.cfg, *arguments)
+            engine = self._make_engine(*arguments)
             self._started.set_result(os.getpid())
         except BaseException as error:  # noqa: BLE001  (the constructor's error must reach ready())
             self._error = error
@@ -229,6 +229,25 @@ class Generator(Worker):
             self.outbox.fail(error)
             for waiting in self._texts.values():
                 waiting.put(error)
+
+    def _make_engine(self, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int) -> Any:
+        cfg = self.cfg
+        with self.trace.span(self.name, "import"):
+            from rlhf_dist.engines.vllm import GeneratorEngine
+
+        with self.trace.span(self.name, "start"):
+            return GeneratorEngine(
+                model_path,
+                cfg.model,
+                cfg.rollout,
+                cfg.generator,
+                cfg.weight_sync,
+                stop_token_ids=stop_token_ids,
+                from_learner=from_learner,
+                seed=cfg.seed,
+                context=context,
+                max_logprobs=max(20, cfg.distill.top_k),
+            )
 
     def _decode(self, engine: Any) -> dict[str, int]:
         """Step until a command can run, or there is nothing to decode; returns how often, and with how many sequences
@@ -276,23 +295,6 @@ def _checked(result: Any) -> Any:
     if isinstance(result, BaseException):
         raise result
     return result
-
-
-def _make_engine(cfg: Config, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int) -> Any:
-    from rlhf_dist.engines.vllm import GeneratorEngine
-
-    return GeneratorEngine(
-        model_path,
-        cfg.model,
-        cfg.rollout,
-        cfg.generator,
-        cfg.weight_sync,
-        stop_token_ids=stop_token_ids,
-        from_learner=from_learner,
-        seed=cfg.seed,
-        context=context,
-        max_logprobs=max(20, cfg.distill.top_k),
-    )
 
 
 def _figures(record: Any, pull_seconds: float) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import functools
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import psutil
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -41,6 +43,8 @@ class Worker:
             faulthandler.enable()  # a crash in C says so in the log
         self.name = name
         self.trace = Trace()
+        began = psutil.Process().create_time()
+        self.trace.add([Span(name="python", process=name, start=began, end=time.time(), args={})])
 
     def ready(self) -> int:
         """Answers once the constructor is through; returns the pid."""

@@ -26,10 +26,12 @@ class Reference(Worker):
 
     def __init__(self, model_path: str, model: ModelConfig, temperature: float, max_tokens: int, pad_id: int) -> None:
         super().__init__("reference")
-        from rlhf_dist import models
+        with self.trace.span(self.name, "import"):
+            from rlhf_dist import models
 
-        policy = models.load_policy(model_path, model.dtype, model.attention, model.trust_remote_code)
-        self.forward = _Forward(models.PolicyModule(policy, temperature), max_tokens, pad_id)
+        with self.trace.span(self.name, "start"):
+            policy = models.load_policy(model_path, model.dtype, model.attention, model.trust_remote_code)
+            self.forward = _Forward(models.PolicyModule(policy, temperature), max_tokens, pad_id)
 
     def logprobs(self, chunk: pa.Table) -> pa.Table:
         """``ref_logprobs`` of every row."""
@@ -56,12 +58,14 @@ class Scorer(Worker):
         pad_id: int,
     ) -> None:
         super().__init__(role)
-        from rlhf_dist.data.tokenization import load_tokenizer
+        with self.trace.span(self.name, "import"):
+            from rlhf_dist.data.tokenization import load_tokenizer
 
         self.components = list(components)
         self.given_up: list[GivenUp] = []
-        self.tokenizer = load_tokenizer(tokenizer_dir)
-        self.score_with = [self._prepare(c, model, max_tokens, pad_id) for c in self.components]
+        with self.trace.span(self.name, "start"):
+            self.tokenizer = load_tokenizer(tokenizer_dir)
+            self.score_with = [self._prepare(c, model, max_tokens, pad_id) for c in self.components]
 
     def score(self, chunk: pa.Table, prompts: pa.Table, with_sum: bool) -> tuple[pa.Table, list[GivenUp]]:
         """``score/NAME`` of every row and their weighted sum ``score``; without the sum ``metric/NAME`` only.

@@ -100,8 +100,18 @@ def assert_files(folder: Path) -> None:
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     names = {e["args"]["name"] for e in events if e.get("name") == "process_name"}
     assert {"driver", "generator 0", "policy 0", "critic 0"} <= names
+    assert starting(events) >= {
+        ("driver", "connect"), ("driver", "prepare_model"), ("driver", "start"),
+        *((name, part) for name in names - {"driver"} for part in ("python", "import", "start")),
+    }  # fmt: skip
     assert "<html" in (folder / "report.html").read_text()
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 3
+
+
+def starting(events: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Who spent time on what, among other things on its start."""
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    return {(names[e["pid"]], e["name"]) for e in events if e["ph"] == "X"}
 
 
 # More processes, same numbers

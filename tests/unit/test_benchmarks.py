@@ -19,6 +19,7 @@ from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import dump
 from rlhf_dist.data.load import make_tokenizer
+from rlhf_dist.observability.trace import Span, Trace
 
 #: What no other library computes in the same way; the docstring of the benchmark has the reasons.
 NOT_COMPARED = {"reinforce", "decoupled_ppo"}
@@ -207,3 +208,28 @@ def test_over_optimisation_is_plotted_by_proxy_as_means_over_seeds(
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}path"))) == 3
     overoptimization.show(runs)
     assert "ppo, proxy of 1,000 comparisons, 2 seeds" in capsys.readouterr().out
+
+
+def test_startup_names_what_came_before_the_first_responses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks.startup import parts
+
+    trace = Trace()
+    span = lambda process, name, start, end: trace.add(
+        [Span(name=name, process=process, start=start, end=end, args={})]
+    )
+    span("driver", "python", 100.0, 101.0)
+    span("generator 0", "start", 104.0, 109.0)
+    span("generator 0", "generate", 110.0, 112.0)
+    span("generator 0", "generate", 113.0, 114.0)
+    span("policy 0", "python", 103.0, 105.0)
+    span("policy 0", "update", 111.0, 113.5)
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert list(parts(events)) == [
+        ("all", "command", 0.0, 12.0),
+        ("driver", "python", 0.0, 1.0),
+        ("policy 0", "python", 3.0, 5.0),
+        ("generator 0", "start", 4.0, 9.0),
+        ("generator 0", "generate", 10.0, 12.0),
+    ]
