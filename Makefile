@@ -56,8 +56,9 @@ style: $(STAMP) ## Format, and fix what can be fixed
 typecheck: $(STAMP) ## mypy
 	@$(VENV)/bin/mypy
 
-bench: ## Which benchmarks there are
-	@ls benchmarks/*.py 2>/dev/null || echo "no benchmark yet; benchmarks/README.md says what will be measured"
+bench: $(STAMP) ## Benchmarks in small: that they run; ARGS="rollout exchange" chooses
+	@for name in $(or $(ARGS),rollout exchange scaling startup); do \
+	    echo "== $$name"; $(PY) -m benchmarks.$$name --small || exit 1; done
 
 lock: $(STAMP) ## Bring requirements/ up to date with pyproject.toml
 	@$(PIP) install -qq "$(UV)"

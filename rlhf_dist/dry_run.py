@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -85,7 +84,7 @@ def _memory(cfg: Config, ppo: Config | None, terminal: Terminal) -> list[str]:
         terminal.info("memory on GPUs is estimated from the sizes of what lies there, and has not been measured")
     if ppo is not None:
         _traffic(ppo, terminal)
-    local = cfg.cluster.address is None and "RAY_ADDRESS" not in os.environ and not any(n.role.gpus for n in found)
+    local = not cfg.cluster.joined and not any(n.role.gpus for n in found)
     given = cfg.cluster.node_memory_gb
     node = given * GB if given else float(psutil.virtual_memory().total) if local else None
     return check_memory(found, node, gpu_bytes(cfg), together=local and not given)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_dist import __version__
-from rlhf_dist.config import Config
 from rlhf_dist.config_io import ConfigError, dump, load
 
 
@@ -36,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlhf_dist.dry_run import dry_run
 
         return dry_run(cfg, args.emit)
-    _listen_on_loopback(cfg)
+    if not cfg.cluster.joined:
+        _listen_on_loopback()
     from rlhf_dist.recipes.pipeline import pipeline
     from rlhf_dist.run import Run
 
@@ -88,7 +88,8 @@ def _doctor(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _listen_on_loopback(cfg)
+    if not cfg.cluster.joined:
+        _listen_on_loopback()
     from rlhf_dist.doctor.examine import doctor
 
     try:
@@ -97,14 +98,11 @@ def _doctor(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _listen_on_loopback(cfg: Config | None = None) -> None:
-    """Unless ``cfg`` joins a cluster: one of this machine alone needs no other network, and nobody else is to reach its
-    ports.
+def _listen_on_loopback() -> None:
+    """For a cluster of this machine alone, which needs no other network: nobody else is to reach its ports.
 
     Before Ray is imported, which is when it reads the first: with it, a node's address is 127.0.0.1 on Linux too.
     """
-    if cfg is not None and (cfg.cluster.address or os.environ.get("RAY_ADDRESS")):
-        return
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")

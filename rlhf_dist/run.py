@@ -257,14 +257,14 @@ class Run:
 
     def _connect(self) -> None:
         """Join the cluster that is there, else start a local one."""
-        address = connection.address_of(self.cfg)
+        address = self.cfg.cluster.joined
         self.joined = bool(address)
         if not address:
             # On a cluster that was joined, files may be where the workers are.
             if problems := planner.check_files(self.cfg):
                 raise ValueError("\n".join(problems))
             actor_group.log_dir = self.path("logs")
-        connection.connect(self.cfg)
+        connection.connect(self.cfg.cluster)
         # ray.init has put its own handler in the place of ours.
         signal.signal(signal.SIGTERM, self._terminated)
         resources = ray.cluster_resources()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -64,6 +65,11 @@ class ClusterConfig(Section):
     """Memory of one GPU in GB, for --dry-run."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Strategy of the placement groups, one for each role."""
+
+    @property
+    def joined(self) -> str | None:
+        """Address of the cluster to join, if any: ``address``, else RAY_ADDRESS, which Ray sets for its jobs."""
+        return self.address or os.environ.get("RAY_ADDRESS")
 
 
 class OptimConfig(Section):

@@ -49,9 +49,9 @@ def doctor(cfg: Config, terminal: Terminal | None = None) -> int:
     terminal = terminal or Terminal()
     terminal.title(f"doctor: {cfg.recipe}{f', {cfg.description}' if cfg.description else ''}")
     quiet_libraries(os.devnull)
-    address = connection.address_of(cfg)
+    address = cfg.cluster.joined
     try:
-        connection.connect(cfg)
+        connection.connect(cfg.cluster)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         advice = "Look at ray status there, at the address, and at the token (RAY_AUTH_MODE)" if address else ""
         where = f"the cluster at {address} cannot be joined" if address else "no local cluster could be started"

@@ -7,8 +7,6 @@ Forward and backward of every row alone, then of the whole minibatch, without an
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from rlhf_dist.actors.failed_batch import MODEL, About, Replayed
 from rlhf_dist.actors.learner import LearnerGroup
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import WorkerFailed
+from rlhf_dist.connection import start_local
 from rlhf_dist.observability.logs import quiet_libraries
 from rlhf_dist.observability.terminal import Terminal
 
@@ -74,15 +73,7 @@ def show(found: list[Replayed], terminal: Terminal) -> int:
 def _replayed(folder: Path, spec: LearnerSpec, terminal: Terminal) -> list[Replayed]:
     quiet_libraries(_logs(folder) / "driver.log")
     actor_group.log_dir = str(_logs(folder))
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        object_store_memory=OBJECT_STORE * 2**20,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    start_local(cpus=None, object_store_mb=OBJECT_STORE)
     try:
         spec = here(spec, folder, ray.cluster_resources())
         group = LearnerGroup(spec, "PACK", STARTUP_LIMIT).start()

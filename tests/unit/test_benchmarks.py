@@ -233,3 +233,74 @@ def test_startup_names_what_came_before_the_first_responses(monkeypatch: pytest.
         ("generator 0", "start", 4.0, 9.0),
         ("generator 0", "generate", 10.0, 12.0),
     ]
+
+
+def test_every_form_of_an_exchange_has_the_same_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import exchange
+
+    samples = exchange.make_samples(200_000)
+    forms = (exchange.rollout_table(samples), exchange.as_lists(samples), exchange.padded(samples))
+    payloads = [exchange.payload_bytes(form) for form in forms]
+    assert len(set(payloads)) == 1
+    assert 200_000 <= payloads[0] < 200_000 + exchange.TOKEN_BYTES * exchange.LONGEST + 4 * exchange.PROMPT
+    arrow, _, padded = (list(exchange.arrays_of(form)) for form in forms)
+    tokens = {int(sum(s.response_ids.sum() for s in samples)) for _ in range(1)}
+    assert tokens <= {int(x.sum()) for x in arrow} & {int(x.sum()) for x in padded}
+    assert sum(x.nbytes for x in padded) > 2 * payloads[0], "log-normal lengths are mostly padding"
+
+
+def test_what_lies_in_no_mapping_was_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import exchange
+
+    array = np.arange(10)
+    address = array.ctypes.data
+    assert exchange.lies_in([range(0, 1), range(address, address + 80)], array)
+    assert not exchange.lies_in([range(0, 1), range(address + 8, address + 80)], array)
+    assert exchange.lies_in([], array[:0]), "nothing is nowhere"
+
+
+def test_scaling_counts_the_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import scaling
+
+    shared = {"perf/samples_per_second": 32.0, "perf/throughput": 640.0, "timing/generate": 0.9, "timing/update": 1.1}
+    slow = {"timing/step": 50.0}
+    steps = [{"time": 100.0 + i} | slow for i in range(3)]
+    steps += [{"time": 102.0 + 2 * (i + 1), "timing/step": 2.0} | shared for i in range(5)]
+    # From 102 to 112 s the driver computes a tenth of the time, and grows from 200 to 220 MB half-way.
+    watched = [
+        (90.0, 0.0, 50.0),
+        *((102.0 + t, 5 + 0.1 * t, 200.0 + 20 * (t >= 5)) for t in range(11)),
+        (120.0, 9, 900),
+    ]
+    found = scaling.figures_of(steps, watched)
+    assert found == pytest.approx(
+        {
+            "step": 2.0,
+            "generate": 0.9,
+            "update": 1.1,
+            "samples_per_second": 32.0,
+            "tokens": 6400.0,
+            "driver_cpu": 1000 * 1.0 / 320,
+            "driver_mb": 220.0,
+            "driver_mb_growth": 0.1,
+        }
+    )
+
+
+def test_scaling_fits_the_exponent_of_each_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import scaling
+
+    grown = [
+        {"sweep": "length", **scaling.BASE, "length": n, "step": n**1.5, "driver_cpu": 2.0, "driver_mb": 100.0}
+        for n in (1, 4, 16)
+    ]
+    alone = [{"sweep": "long", **scaling.BASE, "step": 1.0, "driver_cpu": 1.0, "driver_mb": 1.0}]
+    assert list(scaling.exponents([*grown, *alone])) == [
+        "step grows with length to the power of 1.50",
+        "driver_cpu grows with length to the power of 0.00",
+        "driver_mb grows with length to the power of 0.00",
+    ]
