@@ -10,7 +10,7 @@ so that what is saved opens in transformers and vLLM.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +39,13 @@ class PolicyModule(nn.Module):
     def forward(
         self,
         batch: Batch,
-        entropy: bool = False,
+        entropy: Literal["no", "detached", "yes"] = "no",
         temperature: float | None = None,
         teacher: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """With ``teacher``, its likely tokens and their log-probabilities (each ``[n, K]`` for the n response tokens),
+        """``entropy`` with a gradient costs a backward pass over ``[n, V]`` of its own: ``detached`` has none.
+
+        With ``teacher``, its likely tokens and their log-probabilities (each ``[n, K]`` for the n response tokens),
         the first result is the KL to it instead of the log-probability."""
         temperature = self.temperature if temperature is None else temperature
         # Logits only from the first index that predicts a response token on: [B, T - first, V].
@@ -68,9 +70,10 @@ class PolicyModule(nn.Module):
             ]
         # A dummy has no response token; adding 0 * logits keeps the backward pass, and its collectives, alive.
         logprobs = _scatter(values, batch.response) + (0.0 * logits.float().sum() if values.numel() == 0 else 0.0)
-        if not entropy:
+        if entropy == "no":
             return logprobs, None
-        return logprobs, _scatter(entropy_from_logits(chosen.float() / temperature), batch.response)
+        with torch.set_grad_enabled(entropy == "yes" and torch.is_grad_enabled()):
+            return logprobs, _scatter(entropy_from_logits(chosen.float() / temperature), batch.response)
 
 
 class ScalarModule(nn.Module):

@@ -115,8 +115,9 @@ def ds_config(learner: LearnerConfig, optim: OptimConfig | None, dtype: str, uni
                 "betas": list(optim.betas),
                 "eps": optim.eps,
                 "weight_decay": optim.weight_decay,
-                # DeepSpeed's own Adam kernels are compiled on first use; they pay off on GPUs only.
-                "torch_adam": not learner.gpus,
+                # DeepSpeed's own Adam kernels are compiled on first use; they pay off on GPUs only. Without "fused"
+                # torch makes several copies of the flat parameters in each step.
+                **({} if learner.gpus else {"torch_adam": True, "fused": True}),
             },
         }
     return config

@@ -136,7 +136,8 @@ class PolicyObjective(_Sequences):
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
         algo = self.algo
-        logprobs, entropy, mask = (batch.by_row(x) for x in (*module(batch, entropy=True), batch.mask))
+        with_entropy = module(batch, entropy="yes" if algo.entropy_coef else "detached")
+        logprobs, entropy, mask = (batch.by_row(x) for x in (*with_entropy, batch.mask))
         columns = {name: batch.by_row(x) for name, x in batch.columns.items()}
         old, rollout = columns["old_logprobs"], columns["rollout_logprobs"]
         per_token, parts = self.policy_loss(
@@ -155,7 +156,8 @@ class PolicyObjective(_Sequences):
             parts["correction_weight"] = self.correction(old, rollout, mask, *self.bounds)
             per_token = per_token * parts["correction_weight"]
         parts |= {"policy_loss": per_token, "entropy": entropy}
-        per_token = per_token - algo.entropy_coef * entropy
+        if algo.entropy_coef:
+            per_token = per_token - algo.entropy_coef * entropy
         if "ref_logprobs" in columns:
             ref = columns["ref_logprobs"]
             parts["kl"] = kl_estimate(logprobs, ref, "k3", mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +72,28 @@ def test_ranks_differ_by_at_most_one_row_of_tokens(lengths: list[int], ranks: in
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=9), budget=st.integers(1, 120))
+def test_no_other_cut_costs_less(lengths: list[int], budget: int) -> None:
+    """Against all ways to cut the rows, longest first."""
+    ordered = sorted(lengths, reverse=True)
+
+    def cost(parts: list[list[int]]) -> float:
+        return sum(max(part) * len(part) + budget / 16 for part in parts)
+
+    def cuts(rows: list[int]) -> Iterator[list[list[int]]]:
+        for n in range(1, len(rows) + 1):
+            if n == 1 or rows[0] * n <= budget:
+                yield from ([rows[:n], *rest] for rest in (cuts(rows[n:]) if rows[n:] else [[]]))
+
+    sizes = np.array(lengths)
+    found = [sizes[part].tolist() for part in micro_batches(sizes, 1, 0, budget)]
+    assert cost(found) == pytest.approx(min(map(cost, cuts(ordered))))
+
+
+def test_equal_lengths_need_no_more_micro_batches_than_fit() -> None:
+    assert [len(part) for part in micro_batches(np.full(10, 7), 1, 0, 30)] in ([4, 4, 2], [2, 4, 4], [4, 2, 4])
+
+
 def test_a_rank_without_rows_gets_dummies() -> None:
     lengths = np.array([10, 10, 10])
     assert micro_batches(lengths, 2, 0, 10) == [[0], [2]]
@@ -79,7 +102,8 @@ def test_a_rank_without_rows_gets_dummies() -> None:
 
 def test_padding_counts_towards_the_budget() -> None:
     lengths = np.array([9, 1, 1, 1])
-    assert micro_batches(lengths, 1, 0, 18) == [[0, 1], [2, 3]]
+    assert micro_batches(lengths, 1, 0, 18) == [[0], [1, 2, 3]]
+    assert micro_batches(np.array([9, 9, 9, 8]), 1, 0, 18) == [[0, 1], [2, 3]], "a pass costs more than one token"
     assert micro_batches(lengths, 1, 0, 18, packing=True) == [[0, 1, 2, 3]]
 
 
@@ -202,7 +226,7 @@ def test_padded_and_packed_agree(shape: list[tuple[int, int]]) -> None:
     with torch.no_grad():
         padded = collate(table, rows)
         packed = collate(table, rows, packing=True)
-        for a, b in zip(policy(padded, entropy=True), policy(packed, entropy=True), strict=True):
+        for a, b in zip(policy(padded, entropy="yes"), policy(packed, entropy="yes"), strict=True):
             np.testing.assert_allclose(padded.gather(a), packed.gather(b), rtol=1e-5, atol=1e-5)
 
 

@@ -30,7 +30,7 @@ def test_logprobs_and_entropies_row_by_row(policy: PreTrainedModel, temperature:
     batch = collate(table, [0, 1, 2, 3])
     logprobs, entropies, labels = [], [], table["response_ids"].to_pylist()
     with torch.no_grad():
-        found, found_entropy = PolicyModule(policy, temperature)(batch, entropy=True)
+        found, found_entropy = PolicyModule(policy, temperature)(batch, entropy="yes")
         for prompt, response in zip(table["prompt_ids"].to_pylist(), labels, strict=True):
             logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
             full = torch.log_softmax(logits / temperature, -1)
@@ -60,7 +60,7 @@ def test_the_entropy_is_computed_only_when_asked_for() -> None:
 
 def test_a_dummy_takes_part_in_the_backward_pass() -> None:
     policy = tiny_llama()
-    logprobs, entropy = PolicyModule(policy)(collate(rollouts(SHAPE), []), entropy=True)
+    logprobs, entropy = PolicyModule(policy)(collate(rollouts(SHAPE), []), entropy="yes")
     (logprobs.sum() + entropy.sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
