@@ -58,6 +58,8 @@ REPORT = Report(
 )
 TRL = "TRL"
 GOAL = 2.5
+#: Seconds for the few steps in which a mode of TRL is tried: one that hangs must not hold up the others.
+TRY_LIMIT = 900.0
 #: Of our runs: how many versions of the policy a trained token may be old.
 STALENESS = (0, 1)
 
@@ -170,10 +172,12 @@ def try_modes(case: Case, policy: Path, modes: dict[str, dict[str, Any]], place:
     for name, settings in modes.items():
         tried[name] = {"settings": settings}
         try:
-            run = run_trl(short, policy, trl_config(short, place, settings), place)
+            run = run_trl(short, policy, trl_config(short, place, settings), place, TRY_LIMIT)
             tried[name]["samples_per_second"] = run["samples_per_second"]
         except subprocess.CalledProcessError as error:
             tried[name]["error"] = last_line(error.stderr)
+        except subprocess.TimeoutExpired:
+            tried[name]["error"] = f"{short.steps} steps took more than {TRY_LIMIT:.0f} s"
         Console().print(case.lengths, TRL, tried[name])
     return tried
 
@@ -211,14 +215,15 @@ def run_ours(case: Case, policy: Path, staleness: int, place: Place) -> Run:
     return figures(steps, started, case, uncounted=staleness)
 
 
-def run_trl(case: Case, policy: Path, config: dict[str, Any], place: Place) -> Run:
-    """The same with TRL, in a process of its own."""
+def run_trl(case: Case, policy: Path, config: dict[str, Any], place: Place, limit: float | None = None) -> Run:
+    """The same with TRL, in a process of its own that may take ``limit`` seconds."""
     root = Path(tempfile.mkdtemp(prefix="trl", dir=place.folder))
     job = {"policy": str(policy), "prompts": prompts_of(case, policy, place), "reward": REWARD, "config": config}
     (root / "job.json").write_text(json.dumps(job | {"steps": str(root / "steps.jsonl")}))
     started = time.time()
     command = [place.trl_python, "-m", "benchmarks.trl_run", str(root / "job.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(place.cores), stderr=subprocess.PIPE, text=True)
+    environ = environment(place.cores)
+    done = subprocess.run(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True, timeout=limit)
     (root / "stderr").write_text(done.stderr)
     done.check_returncode()
     steps = [json.loads(line) for line in (root / "steps.jsonl").read_text().splitlines()]
