@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ class Report:
         is compared, and only ``--out`` is written.
         """
         path = options.out or FOLDER / f"{self.name}.json"
-        new = {"format": FORMAT, "machine": describe(), "versions": versions(), "command": sys.argv[1:]}
+        new = {"format": FORMAT, "machine": describe(), "versions": versions()}
         new |= {"settings": dict(settings), "runs": list(runs)}
         self.show(runs)
         if not options.small:
