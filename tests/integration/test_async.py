@@ -187,7 +187,14 @@ def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], conf
     assert job.summary["weight_sync"]["versions"] == 5
 
 
-@pytest.mark.parametrize(("staleness", "mode"), [(1, "drain"), (2, "keep"), (3, "recompute")])
+@pytest.mark.parametrize(
+    ("staleness", "mode"),
+    [
+        pytest.param(1, "drain", marks=pytest.mark.slow),
+        (2, "keep"),
+        pytest.param(3, "recompute", marks=pytest.mark.slow),
+    ],
+)
 def test_generators_that_run_ahead_stay_within_the_bound(
     start: Callable[..., Job], config: str, staleness: int, mode: str
 ) -> None:
