@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
+#: What a command that starts a cluster of this machine alone sets for its process.
+LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """What a command sets for its own process (that Ray listens on loopback only, say) does not reach the next test."""
-    with mock.patch.dict(os.environ):
-        yield
+def networks() -> Iterator[None]:
+    """A command that a test called in this process leaves the networks to the tests that come after."""
+    before = {name: os.environ[name] for name in LOOPBACK_ONLY if name in os.environ}
+    yield
+    for name in LOOPBACK_ONLY:
+        os.environ.pop(name, None)
+    os.environ |= before
 
 
 @pytest.fixture(scope="session")
