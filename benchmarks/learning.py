@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,36 @@ def show(runs: list[dict[str, Any]]) -> None:
         cells = [mean("sft"), mean("gold_score"), min(gold), max(gold), mean("gold_score_greedy")]
         table.add_row(name, str(len(part)), *(f"{x:.3f}" for x in cells), kl, f"{mean('stage_seconds'):.0f}")
     Console(width=140).print(table)
+
+
+def rows(runs: list[dict[str, Any]]) -> list[Sequence[str]]:
+    """For docs/benchmarks.md: one row for each algorithm, with the figures of all seeds."""
+    plain = [r for r in runs if r["algorithm"] not in STALE]
+    return _rows(sorted(plain, key=lambda r: (r["algorithm"] != "ppo", r["algorithm"])), "algorithm")
+
+
+def rows_stale(runs: list[dict[str, Any]]) -> list[Sequence[str]]:
+    """The same of PPO by staleness."""
+    return _rows([r for r in runs if r["algorithm"] in ("ppo", *STALE)], "")
+
+
+def _rows(runs: list[dict[str, Any]], title: str) -> list[Sequence[str]]:
+    """Seconds are the lowest, which other work on the machine disturbed least."""
+    seeds = sorted({r["seed"] for r in runs})
+    each = ", ".join(map(str, seeds))
+    found: list[Sequence[str]] = [
+        (title, f"gold score, seeds {each}", "mean", "greedy, mean", f"KL, seeds {each}", "seconds")
+    ]
+    for name in dict.fromkeys(r["algorithm"] for r in runs):
+        of = {r["seed"]: r for r in runs if r["algorithm"] == name}
+        figures = lambda key, form, of=of: " ".join(
+            form.format(of[s][key]) if s in of and of[s][key] is not None else "–" for s in seeds
+        )
+        mean = lambda key, of=of: f"{statistics.mean(r[key] for r in of.values()):.3f}"
+        seconds = f"{min(r['stage_seconds'] for r in of.values()):.0f}"
+        gold, kl = figures("gold_score", "{:.3f}"), figures("kl", "{:.2f}")
+        found.append((name, gold, mean("gold_score"), mean("gold_score_greedy"), kl, seconds))
+    return found
 
 
 if __name__ == "__main__":

@@ -68,3 +68,41 @@ def test_small_runs_leave_the_json_alone(report: Any, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match=r"measure first: python -m benchmarks\.example"):
         report.read(options(report, "--table"))
+
+
+def test_the_tables_of_the_page_are_those_of_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import page
+
+    text = page.PAGE.read_text()
+    assert "<!-- table: learning -->" in text
+    assert page.filled(text) == text, "run python -m benchmarks.page"
+    emptied = page.MARKED.sub(r"\g<begin>\g<end>", text)
+    assert len(emptied) < len(text)
+    assert page.filled(emptied) == text
+    with pytest.raises(ValueError, match=r"there is no nonsense\.json"):
+        page.filled("<!-- table: nonsense -->\n<!-- end -->")
+
+
+def test_a_table_has_the_medians_of_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import page
+
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    runs = [
+        {"process": "driver", "part": "connect", "begins": 0.5, "seconds": 1234.4},
+        {"process": "driver", "part": "connect", "begins": 0.5, "seconds": 2.0},
+        {"process": "driver", "part": "connect", "begins": 0.12345, "seconds": 9999.0},
+        {"process": "policy 0", "part": "import", "begins": 3},
+    ]
+    (tmp_path / "startup.json").write_text(json.dumps({"runs": runs}))
+    assert page.filled("a\n<!-- table: startup -->\nold\n<!-- end -->\nb").splitlines() == [
+        "a",
+        "<!-- table: startup -->",
+        "| process | part | begins | seconds |",
+        "|---|---|---|---|",
+        "| driver | connect | 0.5 | 1,234 |",
+        "| policy 0 | import | 3 |  |",
+        "<!-- end -->",
+        "b",
+    ]
