@@ -57,7 +57,7 @@ typecheck: $(STAMP) ## mypy
 	@$(VENV)/bin/mypy
 
 bench: $(STAMP) ## Benchmarks in small: that they run; ARGS="rollout exchange" chooses
-	@for name in $(or $(ARGS),rollout exchange scaling startup); do \
+	@for name in $(or $(ARGS),rollout learner exchange efficiency scaling startup); do \
 	    echo "== $$name"; $(PY) -m benchmarks.$$name --small || exit 1; done
 
 lock: $(STAMP) ## Bring requirements/ up to date with pyproject.toml
