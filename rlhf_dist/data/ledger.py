@@ -30,7 +30,7 @@ keeps the places. So nothing is thrown away, and no long response is put off for
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 
@@ -60,6 +60,9 @@ class Ledger:
         # Groups and their deadlines.
         self.running: dict[int, int] = {}
         self.complete: dict[int, int] = {}
+        self._ready: dict[int, deque[int]] = {}
+        """The complete ones of each deadline, in order of completion: to sort thousands at every chunk takes too long.
+        """
         self.batch: dict[int, int] | None = None
         self._due: Counter[int] = Counter()
         """Groups that run or are complete, by deadline: counted, because there are thousands and few deadlines."""
@@ -80,7 +83,8 @@ class Ledger:
         """Raises ValueError if the group is not running: it would be trained twice."""
         if group not in self.running:
             raise ValueError(f"group {group} is not running: it was completed already or never submitted")
-        self.complete[group] = self.running.pop(group)
+        deadline = self.complete[group] = self.running.pop(group)
+        self._ready.setdefault(deadline, deque()).append(group)
 
     def open_batch(self) -> None:
         """Begin the batch of the current version.
@@ -98,14 +102,17 @@ class Ledger:
         if self.batch is None or self.full:
             return taken
         room = self._room()
-        # A stable sort: equal deadlines in the order of completion.
-        for group, deadline in sorted(self.complete.items(), key=lambda item: item[1]):
-            if len(self.batch) == self.batch_size or any(room[d] < 1 for d in room if d < deadline):
+        for deadline in sorted(self._ready):
+            ready = self._ready[deadline]
+            while ready and not self.full and all(room[d] >= 1 for d in room if d < deadline):
+                group = ready.popleft()
+                self.batch[group] = self.complete.pop(group)
+                self._due[deadline] -= 1
+                room = {d: places - (d < deadline) for d, places in room.items()}
+                taken.append(group)
+            if ready:
                 break
-            self.batch[group] = self.complete.pop(group)
-            self._due[deadline] -= 1
-            room = {d: places - (d < deadline) for d, places in room.items()}
-            taken.append(group)
+            del self._ready[deadline]
         return taken
 
     def _room(self) -> dict[int, int]:
