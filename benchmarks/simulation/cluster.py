@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import Costs
 from benchmarks.simulation.generator import Sampling
 from benchmarks.simulation.generators import Arrival, Failures, Generators, Lengths
-from rlhf_dist.actors.rollouts import Slice
+from rlhf_dist.actors.rollouts import RolloutBatch, Slice
 from rlhf_dist.actors.stream import RolloutStream
 from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.data.trained import TrainedLedger, TrainedStep, final_line
@@ -52,6 +51,7 @@ class Step:
     samples: int
     tokens: int
     """Of prompts and responses."""
+    response_tokens: int
     age: float
     """Mean over the response tokens, in versions."""
     oldest: int
@@ -72,6 +72,8 @@ class Result:
     dropped_groups: int = 0
     """Under way or trained when learners died, and given up."""
     sampled_tokens: int = 0
+    lost_tokens: int = 0
+    """Of them, those that deaths made worthless."""
 
     def figures(self, first: int, last: int, generators: int) -> dict[str, float]:
         """Rates, ages and idle shares between the ends of steps ``first`` and ``last``, counted from 0."""
@@ -160,6 +162,7 @@ def simulate(
     result.deaths["generator"] = generators.deaths
     result.retried_groups = generators.retried
     result.sampled_tokens = generators.sampled
+    result.lost_tokens = generators.lost
     return result
 
 
@@ -193,7 +196,10 @@ class Loop:
         groups = len(ledger.complete) + len(ledger.batch or ())
         groups += sum(s.groups for s in self.result.steps[self.saved.step :])
         del self.result.steps[self.saved.step :]
-        return groups + self.generators.reset()
+        groups += self.generators.reset()
+        # Only what the steps that stay have trained was not in vain.
+        self.generators.lost = self.generators.sampled - sum(s.response_tokens for s in self.result.steps)
+        return groups
 
     def train(self, ledger: TrainedLedger) -> None:
         """From the newest checkpoint to the end.
@@ -228,12 +234,12 @@ class Loop:
             clock.sleep(costs.experience)
 
             clock.sleep(self.learner.work(costs.update + costs.update_token * rollouts.tokens) - clock.now)
-            slices, version = rollouts.slices, stream.version
+            version = stream.version
             ledger.trained(TrainedStep(step, version + 1, stream.trained(rollouts)))
 
             stream.publish(self._weights(version + 1))
             clock.sleep(costs.driver)
-            self._enter(slices, version, rollouts.samples, rollouts.tokens)
+            self._enter(rollouts, version)
             if plan.checkpoint_every and step % plan.checkpoint_every == 0:
                 self.saved = State(step, stream.state_dict())
                 clock.sleep(self.learner.work(costs.checkpoint) - clock.now)
@@ -245,12 +251,21 @@ class Loop:
         info = part.chunk.info
         return [server.work(seconds * (part.tokens(info.prompt_tokens) + part.tokens(info.response_tokens)))]
 
-    def _enter(self, slices: Sequence[Slice], version: int, samples: int, tokens: int) -> None:
-        found: Any = [part.chunk.table[group] for part in slices for group in part.groups]  # type: ignore[index]
+    def _enter(self, batch: RolloutBatch, version: int) -> None:
+        found: Any = [part.chunk.table[group] for part in batch.slices for group in part.groups]  # type: ignore[index]
         total = sum(n for *_, n in found)
         age = version - sum(versions for _, versions, _ in found) / total
         oldest = version - min(began for began, *_ in found)
-        busy = self.generators.busy
         self.result.steps.append(
-            Step(self.clock.now, len(found), samples, tokens, age, oldest, busy, self.learner.busy)
+            Step(
+                ended=self.clock.now,
+                groups=len(found),
+                samples=batch.samples,
+                tokens=batch.tokens,
+                response_tokens=batch.response_tokens,
+                age=age,
+                oldest=oldest,
+                generators_busy=self.generators.busy,
+                learners_busy=self.learner.busy,
+            )
         )

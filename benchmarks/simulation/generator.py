@@ -112,7 +112,8 @@ class Generator:
             self._turn()
 
     def kill(self) -> None:
-        self._stop(0)
+        """The step that is not over yet gives no tokens."""
+        self._stop(self._steps_so_far() - 1 if self._stretch else 0)
         self.alive = False
 
     def busy(self) -> float:

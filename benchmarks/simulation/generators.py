@@ -6,7 +6,7 @@ import functools
 import itertools
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,16 @@ class Generators:
         self.clock, self.costs, self.sampling, self.lengths, self.failures = clock, costs, sampling, lengths, failures
         self.changed = threading.Condition()
         self.version = -1
-        self.deaths = self.retried = 0
+        self.deaths = self.retried = self.lost = 0
+        """Of generators; groups that were sampled again; sampled tokens that came to nothing."""
         self._random = random.Random(seed)
         self._balancer: Balancer[tuple[int, int]] = Balancer(count, capacity(count, sampling.max_num_seqs))
         self._serving = Serving(count)
         self._mean = MeanLength()
         self._lanes: dict[int, Lane] = {}
         self._numbers, self._chunks = itertools.count(), itertools.count()
+        self._settled = [0] * count
+        """Of the tokens that each living generator has sampled, those that the driver has, or has given up."""
         self._gone = (0.0, 0)
         """Busy seconds and sampled tokens of generators that died."""
         self.processes = [self._start(i) for i in range(count)]
@@ -91,6 +94,7 @@ class Generators:
             groups += len(lane.rows)
             for i in self._serving.live:
                 self.processes[i].drop(number)
+                self._settled[i] = self.processes[i].tokens
         self._lanes.clear()
         self._serving.forget()
         return groups
@@ -118,10 +122,7 @@ class Generators:
 
     def _assign(self) -> None:
         for generator, keys in self._balancer.assign().items():
-            by_lane: dict[int, list[int]] = {}
-            for number, group in keys:
-                by_lane.setdefault(number, []).append(group)
-            for number, groups in by_lane.items():
+            for number, groups in _by_lane(keys).items():
                 work = [(group, *self.lengths(group)) for group in groups]
                 self.processes[generator].submit(number, work, self.version)
 
@@ -145,6 +146,7 @@ class Generators:
         groups = tuple(dict.fromkeys(s.group_id for s in samples))
         found = ages(samples)
         tokens = tuple(found[group][2] for group in groups)
+        self._settled[generator] += sum(tokens)
         prompts = tuple(lane.n * self.lengths(group)[0] for group in groups)
         for group, of_group in zip(groups, tokens, strict=True):
             self._balancer.finished(generator, (number, group))
@@ -156,14 +158,13 @@ class Generators:
 
     def _died(self, generator: int) -> None:
         process = self.processes[generator]
+        process.kill()
         self.deaths += 1
         self._gone = (self._gone[0] + process.busy(), self._gone[1] + process.tokens)
-        process.kill()
+        self.lost += process.tokens - self._settled[generator]
+        self._settled[generator] = 0
         self._serving.lost(generator)
-        by_lane: dict[int, list[int]] = {}
-        for number, group in self._balancer.lost(generator):
-            by_lane.setdefault(number, []).append(group)
-        for number, groups in by_lane.items():
+        for number, groups in _by_lane(self._balancer.lost(generator)).items():
             self._lanes[number].lost(groups)
             self.retried += len(groups)
         self._assign()
@@ -183,3 +184,10 @@ class Generators:
             self._assign()
 
         self.clock.after(self.costs.transfer + self.costs.load, joined)
+
+
+def _by_lane(keys: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    groups: dict[int, list[int]] = {}
+    for number, group in keys:
+        groups.setdefault(number, []).append(group)
+    return groups
