@@ -73,7 +73,7 @@ class Hardware:
     """One GPU and its share of a node; every figure can be given with ``--set NAME=VALUE``."""
 
     flops: float = 989e12
-    """bf16, dense. NVIDIA H100 SXM5, data sheet."""
+    """bf16, dense: half of the 1,979e12 with sparsity. NVIDIA H100 SXM5, data sheet."""
     hbm: float = 3.35e12
     """Bytes per second of memory, same source."""
     memory: float = 80e9
@@ -81,46 +81,61 @@ class Hardware:
     pcie: float = 64e9
     """Bytes per second and direction to a GPU: gen 5, x16, same source (128 GB/s in both)."""
     network: float = 50e9
-    """Bytes per second into a node: one port of 400 Gb/s (ConnectX-7, data sheet)."""
+    """Bytes per second into a node for the object store: one port of 400 Gb/s (ConnectX-7, data sheet). That a node has
+    one for it, beside the eight that belong to the GPUs of a DGX H100, is assumed."""
     node: int = 8
-    """GPUs of a node."""
+    """GPUs of a node: HGX and DGX H100; 2407.21783, section 3.3.1."""
     mfu: float = 0.40
-    """Share of ``flops`` in training. The Llama 3 report (2407.21783, table 4) has 38 to 43 %."""
+    """Share of ``flops`` in training. The Llama 3 report (2407.21783, table 4) has 38 to 43 % for 405B, without layers
+    that are computed again; that ZeRO-3 reaches the same, with them counted as work, is assumed."""
     prefill_mfu: float = 0.40
-    """The same of forward passes alone, and of decoding where it is bound by arithmetic. Assumed."""
+    """The same of forward passes alone, and of decoding where it is bound by arithmetic. Assumed: as in training."""
     hbm_share: float = 0.60
-    """Share of ``hbm`` that decoding reaches, with the exchange between the GPUs of a generator in it. Assumed."""
-    network_share: float = 0.50
-    """Share of ``network`` that the object store reaches between nodes, and of ``pcie``. Assumed."""
+    """Share of ``hbm`` that decoding reaches, with the exchange between the GPUs of a generator in it. Assumed; with
+    0.8 for the reads themselves it leaves a 405B model over four nodes 3 ms a step for the exchange."""
+    network_share: float = 0.11
+    """Share of ``network`` that the object store reaches: Ray's has been seen to take 45 Gb/s into a node from ten
+    others (github.com/ray-project/ray/issues/42632); that a faster port does not help it is assumed."""
+    copy_share: float = 0.50
+    """Share of ``pcie`` that copies between host and GPU reach. Assumed."""
     overhead: float = 0.004
-    """Seconds of a decoding step beside reading and multiplying: scheduling, launches, sampling. Assumed."""
+    """Seconds of a decoding step beside reading and multiplying: scheduling, launches, sampling; the scheduler of an
+    engine whose weights change under way does not work a step ahead. Assumed."""
     memory_share: float = 0.90
-    """Of ``memory`` that vLLM uses for weights and cache: ``gpu_memory_utilization``'s usual value."""
+    """Of ``memory`` for weights and cache: ``gpu_memory_utilization``, long 0.9 and in vLLM 0.32 0.92 by default; the
+    activations are in the rest."""
     driver: float = 0.5
     """Seconds between two steps: log, ledger, advantages. Assumed."""
     interruptions: float = 419 / (16384 * 54 * 24)
     """For each GPU and hour: 419 unexpected ones in 54 days on 16,384 GPUs (2407.21783, section 3.3.4)."""
     generator_recovery: float = 300.0
-    """Seconds until a generator that died loads weights again. Assumed."""
+    """Seconds until a generator that died loads weights again: a process starts, vLLM loads, compiles, captures its
+    graphs. Assumed."""
     learner_recovery: float = 900.0
-    """Seconds until learners that died go on from their checkpoint. Assumed."""
+    """Seconds until learners that died go on from their checkpoint: processes start, all read it. Assumed."""
     max_num_seqs: int = 1024
-    """Sequences that an engine decodes at once, where its memory has room."""
+    """Sequences that an engine decodes at once, where its memory has room: vLLM's default on an H100."""
+
+
+#: Figures of the hardware that no data sheet has.
+ASSUMED = (
+    "network", "mfu", "prefill_mfu", "hbm_share", "network_share", "copy_share", "overhead", "driver",
+    "generator_recovery", "learner_recovery",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Model:
-    """Figures of the model's ``config.json``."""
+    """Figures of the model's ``config.json``, and the size of its weights."""
 
     parameters: float
     layers: int
     kv_heads: int
     head: int = 128
 
-    @property
-    def kv_bytes(self) -> int:
-        """Of a token in the cache, bf16."""
-        return 2 * self.layers * self.kv_heads * self.head * 2
+    def kv_bytes(self, gpus: int) -> int:
+        """Of a token in the bf16 cache of a generator; with more GPUs than heads vLLM keeps each head several times."""
+        return 2 * self.layers * max(self.kv_heads, gpus) * self.head * 2
 
 
 MODELS = {
@@ -132,47 +147,48 @@ MODELS = {
 
 
 def generator_gpus(model: Model, hardware: Hardware) -> int:
-    """GPUs of one generator: the smallest power of two whose memory is at most half weights."""
+    """GPUs of one generator: the smallest power of two whose memory is at most half weights. Assumed."""
     return 2 ** max(0, math.ceil(math.log2(2 * model.parameters / (0.5 * hardware.memory))))
 
 
 def least_learner_gpus(model: Model, hardware: Hardware) -> int:
-    """Under ZeRO-3 with Adam, 16 bytes a parameter (1910.02054, section 3.1), in 0.7 of the memory."""
+    """Under ZeRO-3 with Adam, 16 bytes a parameter (1910.02054, section 3.1), in 0.7 of the memory.
+
+    The rest is for activations; assumed.
+    """
     return math.ceil(16 * model.parameters / (0.7 * hardware.memory))
 
 
 def slots(model: Model, hardware: Hardware, tokens: float) -> int:
-    """Sequences of ``tokens`` on average that a generator's cache has room for, ``max_num_seqs`` at most.
-
-    The average is that of sequences half way through: vLLM takes pages as they are needed.
-    """
+    """Sequences of ``tokens`` on average that a generator's cache has room for, ``max_num_seqs`` at most."""
     gpus = generator_gpus(model, hardware)
     room = hardware.memory_share * hardware.memory * gpus - 2 * model.parameters
-    return max(1, min(hardware.max_num_seqs, int(room / (model.kv_bytes * tokens))))
+    return max(1, min(hardware.max_num_seqs, int(room / (model.kv_bytes(gpus) * tokens))))
 
 
 def gpu_costs(model: Model, hardware: Hardware, learner_gpus: int) -> Costs:
     """bf16; decoding is bound by memory or by arithmetic, prefill and training by arithmetic, a sync by its bytes.
 
     2 FLOPs for each parameter and token forward, 6 forward and backward, 8 with the layers computed again (gradient
-    checkpointing); attention's own are left out. Every node of generators pulls all weights once, side by side.
+    checkpointing); attention's own are left out, and the embedding counts although it only looks rows up. Every node of
+    generators pulls the weights of its GPUs once, all side by side: nodes that have a copy pass it on.
     """
     h, n = hardware, model.parameters
     gpus = generator_gpus(model, h)
-    memory, forward = h.hbm * h.hbm_share * gpus, h.flops * h.prefill_mfu
-    learners = h.flops * h.mfu * learner_gpus
+    copying = h.pcie * h.copy_share
+    memory, forward = h.hbm * h.hbm_share * gpus, 2 * n / (h.flops * h.prefill_mfu)
     return Costs(
         step=h.overhead,
         weights=2 * n / memory,
-        compute=2 * n / (forward * gpus),
-        context=model.kv_bytes / memory,
-        prefill=2 * n / (forward * gpus),
-        load=2 * n / gpus / (h.pcie * h.network_share),
-        logprob_token=2 * n / (h.flops * h.prefill_mfu * learner_gpus),
-        update_token=8 * n / learners,
-        publish=2 * n / learner_gpus / (h.pcie * h.network_share),
+        compute=forward / gpus,
+        context=model.kv_bytes(gpus) / memory,
+        prefill=forward / gpus,
+        load=2 * n / gpus / copying,
+        logprob_token=forward / learner_gpus,
+        update_token=8 * n / (h.flops * h.mfu * learner_gpus),
+        publish=2 * n / learner_gpus / copying,
         transfer=2 * n / max(1, gpus / h.node) / (h.network * h.network_share),
         driver=h.driver,
-        # 12 bytes of optimizer a parameter, copied to host memory by every GPU.
-        checkpoint=14 * n / learner_gpus / (h.pcie * h.network_share),
+        # 2 bytes of weights and 12 of optimizer a parameter, copied to host memory by every GPU.
+        checkpoint=14 * n / learner_gpus / copying,
     )

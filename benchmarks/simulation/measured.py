@@ -73,6 +73,8 @@ def read(folder: Path) -> Run:
             f"{folder}: rollouts of {len(files)} of {len(steps)} steps; their lengths are needed, run with "
             "run.save_rollouts=true"
         )
+    if left_out := sum(line["rollout/groups_left_out"] for line in steps):
+        raise ValueError(f"{folder}: {left_out:.0f} groups were sampled and not trained, whose lengths nobody noted")
     rollout, generator = cfg["rollout"], cfg["generator"]
     plan = Plan(
         generators=generator["replicas"],

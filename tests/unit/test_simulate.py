@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks import simulate as command
 from benchmarks.simulation import measured
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.cluster import Plan, Result, simulate
-from benchmarks.simulation.costs import MODELS, Costs, Hardware, gpu_costs, slots
+from benchmarks.simulation.costs import ASSUMED, MODELS, Costs, Hardware, gpu_costs, slots
 from benchmarks.simulation.generator import Sampling
 from benchmarks.simulation.generators import Failures
 
@@ -98,7 +99,8 @@ def test_a_generator_that_dies_is_replaced_and_its_groups_are_sampled_again() ->
     result = simulate(Plan(3, 6, 2, 1, 20), PLAIN, equal(300), failures=failures, seed=3)
     assert result.deaths["generator"] > 0
     assert result.retried_groups > 0
-    assert result.sampled_tokens > 20 * 6 * 2 * 300, "what was lost had to be sampled again"
+    assert result.lost_tokens > 0
+    assert result.sampled_tokens == 20 * 6 * 2 * 300 + result.lost_tokens, "what was lost had to be sampled again"
     assert [len(step.rows) for step in result.trained] == [6] * 20
 
 
@@ -141,10 +143,10 @@ def test_every_group_is_trained_once_and_in_time(
     assert len(result.steps) == plan.steps
     assert all(0 <= step.age <= step.oldest <= plan.max_staleness for step in result.steps)
     tokens = sum(sum(lengths(group)[1]) for group in trained)
-    assert result.sampled_tokens >= tokens
+    assert result.sampled_tokens == tokens + result.lost_tokens, "each was trained or died"
     if not rate:
         assert sorted(trained) == list(range(len(trained)))
-        assert result.sampled_tokens == tokens, "nothing is sampled that nobody trains"
+        assert result.lost_tokens == 0
         assert (result.retried_groups, result.dropped_groups) == (0, 0)
     end = result.steps[-1]
     assert end.generators_busy <= plan.generators * end.ended + 1e-6
@@ -178,39 +180,29 @@ def test_arithmetic_of_data_sheets() -> None:
     assert costs.weights == pytest.approx(15.2e9 / (0.6 * 3.35e12))
     assert costs.context == pytest.approx(2 * 28 * 4 * 128 * 2 / (0.6 * 3.35e12))
     assert costs.update_token == pytest.approx(8 * 7.6e9 / (8 * 989e12 * 0.4))
-    assert costs.transfer == pytest.approx(15.2e9 / 25e9)
+    assert costs.transfer == pytest.approx(15.2e9 / (0.11 * 50e9))
     # (72 - 15.2) GB of cache, 57,344 bytes a token.
     assert slots(MODELS["7B"], Hardware(), tokens=2000.0) == 495
+    assert MODELS["405B"].kv_bytes(gpus=8) == 2 * 126 * 8 * 128 * 2
+    assert MODELS["405B"].kv_bytes(gpus=32) == 4 * MODELS["405B"].kv_bytes(gpus=8), "each of 8 heads on four GPUs"
+    assert command.in_cache(sigma=0.0) == 512 + 1024 / 2
+    # E[L^2] / 2 E[L] = median * exp(1.5 sigma^2) / 2 without the cut at 16,384, which takes a tenth.
+    assert command.in_cache(sigma=1.0) == pytest.approx(512 + 0.9 * 1024 * math.exp(1.5) / 2, rel=0.05)
 
 
-def test_a_fit_finds_the_costs_that_made_a_run(tmp_path: Path) -> None:
-    """A folder as a run of S = 0 leaves it: the spans are those of known costs."""
-    step, sequence, load, update_token = 0.01, 0.002, 0.3, 1e-3
-    lengths = [[10 + i, 20 + 7 * i, 15, 30] for i in range(8)]
-    trace, now = Trace(), 1000.0
+#: Tokens of the responses of each step: two groups of two; every prompt has five.
+LENGTHS = [[10 + i, 20 + 7 * i, 15, 30] for i in range(12)]
 
-    def span(process: str, name: str, seconds: float, **args: Any) -> None:
-        trace.add([{"name": name, "process": process, "start": now, "end": now + seconds, "args": args}])
 
-    with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:
-        for i, of_step in enumerate(lengths):
-            began, tokens = now, sum(of_step) + 4 * 5
-            decoded = step * max(of_step) + sequence * sum(of_step)
-            span("generator 0", "generate", decoded, running=0, steps=max(of_step), sequences=sum(of_step))
-            span("driver", "generate", decoded)
-            now += decoded
-            span("driver", "score", 0.05)
-            now += 0.05
-            span("driver", "update", update_token * tokens)
-            now += update_token * tokens
-            span("policy 0", "push_weights", 0.1)
-            span("driver", "push_weights", 0.1 + 0.05 + load)
-            now += 0.15
-            span("generator 0", "load", load, version=i + 1)
-            now += load
-            seconds = now - began
-            metrics.log(i + 1, "ppo", {"perf/throughput": tokens / seconds, "timing/step": seconds})
-            file = tmp_path / "rollouts" / f"step_{i:06}.parquet"
+def write_run(folder: Path, trace: Trace, seconds: list[float], staleness: int) -> None:
+    """What a run leaves that ``--check`` reads, for :data:`LENGTHS` and the seconds of each step."""
+    folder.mkdir()
+    with MetricsWriter(folder / "metrics.jsonl") as metrics:
+        for i, (of_step, taken) in enumerate(zip(LENGTHS, seconds, strict=True)):
+            throughput = (sum(of_step) + 4 * 5) / taken
+            figures = {"perf/throughput": throughput, "timing/step": taken, "rollout/groups_left_out": 0.0}
+            metrics.log(i + 1, "ppo", figures)
+            file = folder / "rollouts" / f"step_{i:06}.parquet"
             file.parent.mkdir(exist_ok=True)
             columns = {
                 "group_id": [2 * i, 2 * i, 2 * i + 1, 2 * i + 1],
@@ -219,33 +211,99 @@ def test_a_fit_finds_the_costs_that_made_a_run(tmp_path: Path) -> None:
             }
             pq.write_table(pa.table(columns), file)
     # The clock of the metrics is the machine's own; a run of known costs has a clock of its own.
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    ends = itertools.accumulate(line["timing/step"] for line in lines)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = itertools.accumulate(seconds)
     text = "".join(json.dumps(line | {"time": end}) + "\n" for line, end in zip(lines, ends, strict=True))
-    (tmp_path / "metrics.jsonl").write_text(text)
-    trace.write(tmp_path / "trace.json")
-    rollout = {"batch_size": 2, "n_samples_per_prompt": 2, "max_staleness": 0, "in_flight_updates": "keep"}
+    (folder / "metrics.jsonl").write_text(text)
+    trace.write(folder / "trace.json")
+    rollout = {"batch_size": 2, "n_samples_per_prompt": 2, "max_staleness": staleness, "in_flight_updates": "keep"}
     generator = {"replicas": 1, "max_num_seqs": 8}
     config = {"rollout": rollout | {"chunk_tokens": 2000, "chunk_seconds": 0.1}, "generator": generator}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
-    run = measured.read(tmp_path)
-    costs = measured.fit(run)
-    assert (costs.step, costs.sequence) == pytest.approx((step, sequence), rel=1e-3)
-    assert (costs.load, costs.update_token) == pytest.approx((load, update_token), rel=1e-3)
+
+def span(trace: Trace, process: str, name: str, start: float, seconds: float, **args: Any) -> float:
+    """Add it; returns its end."""
+    trace.add([{"name": name, "process": process, "start": start, "end": start + seconds, "args": args}])
+    return start + seconds
+
+
+def synchronous_run(folder: Path, costs: Costs) -> None:
+    """A run of S = 0 with these costs, whose steps have their phases one after the other."""
+    trace, now, seconds = Trace(), 1000.0, []
+    for i, of_step in enumerate(LENGTHS):
+        began, steps, sequences = now, max(of_step), sum(of_step)
+        decoded = costs.step * steps + costs.sequence * sequences
+        span(trace, "generator 0", "generate", now, decoded, running=0, steps=steps, sequences=sequences)
+        now = span(trace, "driver", "generate", now, decoded)
+        now = span(trace, "driver", "score", now, costs.experience)
+        now = span(trace, "driver", "update", now, costs.update_token * (sequences + 4 * 5))
+        span(trace, "policy 0", "push_weights", now, costs.publish)
+        arrives = costs.publish + costs.transfer
+        span(trace, "generator 0", "load", now + arrives, costs.load, version=i + 1)
+        now = span(trace, "driver", "push_weights", now, arrives + costs.load)
+        seconds.append(now - began)
+    write_run(folder, trace, seconds, staleness=0)
+
+
+KNOWN = Costs(
+    step=0.01, sequence=0.002, load=0.3, update_token=1e-3, publish=0.1, transfer=0.05, experience=0.05
+)  # fmt: skip
+
+
+def test_a_fit_finds_the_costs_that_made_a_run(tmp_path: Path) -> None:
+    """A folder as a run of S = 0 leaves it: the spans are those of known costs."""
+    folder = tmp_path / "run"
+    synchronous_run(folder, KNOWN)
+    costs = measured.fit(measured.read(folder))
+    assert (costs.step, costs.sequence) == pytest.approx((KNOWN.step, KNOWN.sequence), rel=1e-3)
+    assert (costs.load, costs.update_token) == pytest.approx((KNOWN.load, KNOWN.update_token), rel=1e-3)
     assert (costs.publish, costs.transfer, costs.experience) == pytest.approx((0.1, 0.05, 0.05), abs=1e-3)
-    (record,) = command.check([tmp_path], None)
+    (record,) = command.check([folder], None)
     assert record["step_ratio"] == pytest.approx(1, abs=0.01)
     assert record["tokens_ratio"] == pytest.approx(1, abs=0.01)
     command.show_check([record])
-    next((tmp_path / "rollouts").iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"rollouts of 7 of 8 steps.*run.save_rollouts=true"):
-        measured.read(tmp_path)
+
+
+def test_costs_of_one_run_predict_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--check`` a run of S = 1 with the costs of one of S = 0; the seconds of its steps are those that these give."""
+    synchronous_run(tmp_path / "s0", KNOWN)
+    groups = [(5, lengths[i : i + 2]) for lengths in LENGTHS for i in (0, 2)]
+    simulated = simulate(Plan(1, 2, 2, 1, len(LENGTHS)), KNOWN, groups.__getitem__, Sampling(max_num_seqs=8))
+    ends = [step.ended for step in simulated.steps]
+    trace = Trace()
+    for start, end in itertools.pairwise([0.0, *ends]):
+        span(trace, "driver", "generate", start, end - start)
+    write_run(tmp_path / "s1", trace, [b - a for a, b in itertools.pairwise([0.0, *ends])], staleness=1)
+
+    command.main(["--check", str(tmp_path / "s1"), "--fit", str(tmp_path / "s0"), "--out", str(tmp_path / "out.json")])
+    (record,) = json.loads((tmp_path / "out.json").read_text())["check"]
+    assert (record["run"], record["fitted_on"], record["staleness"]) == ("s1", "s0", 1)
+    assert record["step_ratio"] == pytest.approx(1, abs=0.01)
+    assert record["step_seconds"] < 0.8 * measured.compare(measured.read(tmp_path / "s0"), KNOWN)["step_seconds"]
+    assert "s1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no generate span with the number of its steps: make the run again"):
+        measured.fit(measured.read(tmp_path / "s1"))
+
+
+def test_runs_that_cannot_be_predicted_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    synchronous_run(folder, KNOWN)
+    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(
+        metrics.replace('"rollout/groups_left_out": 0.0', '"rollout/groups_left_out": 2.0')
+    )
+    with pytest.raises(ValueError, match="groups were sampled and not trained"):
+        measured.read(folder)
+    (folder / "metrics.jsonl").write_text(metrics)
+    next((folder / "rollouts").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"rollouts of 11 of 12 steps.*run.save_rollouts=true"):
+        measured.read(folder)
 
 
 def test_the_command_writes_inputs_runs_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "simulate.json"
-    small = ["--models", "7B", "--gpus", "8", "--staleness", "0", "1", "--steps", "6", "--set", "mfu=0.3"]
+    small = ["--models", "7B", "--gpus", "8", "--staleness", "0", "1", "--steps", "10", "--set", "mfu=0.3"]
     command.main([*small, "--out", str(out)])
     found = json.loads(out.read_text())
     assert found["inputs"]["hardware"]["mfu"] == 0.3
@@ -254,6 +312,26 @@ def test_the_command_writes_inputs_runs_and_a_plot(tmp_path: Path, capsys: pytes
     assert all(r["generators"] * r["generator_gpus"] + r["learner_gpus"] == 8 for r in found["runs"])
     assert "best split of each scenario" in capsys.readouterr().out
     assert "7B, 8 GPUs, long tail" in out.with_suffix(".svg").read_text()
+
+
+def test_the_command_varies_what_is_assumed_and_how_often_processes_die(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    small = ["--models", "7B", "--gpus", "8", "--groups", "8", "--shares", "0.5", "--staleness", "1", "--steps", "10"]
+    command.main([*small, "--failures", "0", "100000", "--out", str(out)])
+    never, often = json.loads(out.read_text())["runs"]
+    assert (never["groups"], never["failures"], often["failures"]) == (8, 0, 100000)
+    assert (sum(never["deaths"].values()), never["lost_share"]) == (0, 0)
+    assert often["deaths"]["generator"] > 0
+    assert 0 < often["lost_share"] < 1
+    assert often["hours"] > never["hours"]
+    command.main([*small, "--sensitivity", "--out", str(out)])
+    ratios = {(r["figure"], r["value"]): r["ratio"] for r in json.loads(out.read_text())["sensitivity"]}
+    assert {name for name, _ in ratios} == set(ASSUMED)
+    assert ratios["overhead", 0.004 / 1.5] > 1 > ratios["overhead", 0.004 * 1.5]
+    assert ratios["learner_recovery", 600.0] == 1
+    assert "hbm_share" in capsys.readouterr().out
 
 
 def test_figures_that_the_hardware_has_not_are_refused(tmp_path: Path) -> None:
