@@ -142,7 +142,7 @@ def given_hardware(file: Path | None, assignments: Sequence[str]) -> Hardware:
     """Raises ValueError: a figure that there is not, or no number; names those that there are."""
     given: dict[str, Any] = yaml.safe_load(file.read_text()) if file else {}
     given |= dict(text.split("=", 1) for text in assignments)
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Hardware)}
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(Hardware)}
     for name, value in given.items():
         if name not in kinds:
             raise ValueError(f"{name}={value}: no figure of the hardware; there are {', '.join(kinds)}")

@@ -228,9 +228,8 @@ class Loop:
             rollouts = stream.next_batch()
             old = rollouts.apply("old_logprobs", lambda s: self._parts(self.learner, costs.logprob_token, s))
             clock.until(lambda: stream.ledger.full)
-            parts = [at for columns in (scores, old) for of_slice in columns.of(rollouts.slices) for at in of_slice]
-            there: Any = max(parts)
-            clock.sleep(there - clock.now)
+            columns: Any = [*scores.of(rollouts.slices), *old.of(rollouts.slices)]
+            clock.sleep(max(at for of_slice in columns for at in of_slice) - clock.now)
             clock.sleep(costs.experience)
 
             clock.sleep(self.learner.work(costs.update + costs.update_token * rollouts.tokens) - clock.now)

@@ -7,6 +7,7 @@ steps as they have tokens; weights are loaded between two steps. What leaves whe
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -144,7 +145,11 @@ class Generator:
         if self._until is None:
             self._since = self.clock.now
         self._until = self.clock.now + seconds
-        self._wake = self.clock.after(seconds, lambda: (self._stop(self._stretch), self._turn()))
+        self._wake = self.clock.after(seconds, self._stretch_over)
+
+    def _stretch_over(self) -> None:
+        self._stop(self._stretch)
+        self._turn()
 
     def _stop(self, steps: int) -> None:
         """Enter ``steps`` of the stretch, or the load, into the books."""
@@ -169,8 +174,7 @@ class Generator:
             self.outbox.add(sample)
         self.outbox.poll()
         while self.outbox.ready:
-            chunk = self.outbox.get()
-            self.clock.after(self.costs.message, lambda chunk=chunk: self.alive and self.arrived(chunk))
+            self.clock.after(self.costs.message, functools.partial(self._deliver, self.outbox.get()))
         waits = self.loads and self.sampling.in_flight_updates == "drain" and self.running
         if self.loads and not waits:
             self._load(self.loads.popleft())
@@ -184,6 +188,10 @@ class Generator:
                 left = due - self.clock.now - self._prefill
                 steps = min(steps, self.costs.steps_in(max(0.0, left), len(self.running), self.context))
             self._decode(steps)
+
+    def _deliver(self, chunk: list[Sample]) -> None:
+        if self.alive:
+            self.arrived(chunk)
 
     def _begin(self) -> None:
         while self.queue and self.queue[0].version <= self.version and len(self.running) < self.sampling.max_num_seqs:

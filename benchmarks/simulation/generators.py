@@ -111,10 +111,13 @@ class Generators:
         self.version = weights.version
         sync = self._serving.published(weights.version, self.clock.now)
         receivers = [self.processes[i] for i in sorted(self._serving.live)]
-        self.clock.after(
-            weights.at - self.clock.now,
-            lambda: [g.load(sync.version) for g in receivers if g.alive and g.version < sync.version],
-        )
+
+        def arrived() -> None:
+            for generator in receivers:
+                if generator.alive and generator.version < sync.version:
+                    generator.load(sync.version)
+
+        self.clock.after(weights.at - self.clock.now, arrived)
 
     def wait_published(self, version: int) -> list[Sync]:
         self.clock.until(lambda: not self._serving.loading(version))
