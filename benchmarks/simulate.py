@@ -2,7 +2,7 @@
 
     python -m benchmarks.simulate                                   # all scenarios
     python -m benchmarks.simulate --models 7B --gpus 8 64 --set mfu=0.35 --set network=25e9
-    python -m benchmarks.simulate --models 405B --gpus 4096 --staleness 1 --failures 0 1 10 --steps 200 --out FILE
+    python -m benchmarks.simulate --models 405B --gpus 4096 --staleness 1 --failures 0 1 10 --steps 200
     python -m benchmarks.simulate --sensitivity --models 70B --gpus 512 --staleness 1
     python -m benchmarks.simulate --check RUNFOLDER ...             # predict real runs, from costs fitted on themselves
     python -m benchmarks.simulate --check RUNFOLDER ... --fit RUN   # ... from costs fitted on another one
@@ -10,7 +10,8 @@
 
 The rules are the project's own (see ``benchmarks/simulation/cluster.py``), the costs arithmetic on data sheets (see
 ``benchmarks/simulation/costs.py``; ``--set`` or ``--hardware FILE.yaml`` gives others). GRPO with a reward that costs
-nothing and no reference; response lengths are log-normal and independent, cut off at 16,384 tokens.
+nothing and no reference; response lengths are log-normal and independent, cut off at 16,384 tokens. What the JSON holds
+already of other scenarios with the same inputs stays in it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.sensitivity:
             results["sensitivity"] = [r for scenario in found for r in sensitivity(scenario, settings)]
         else:
-            runs = [r for scenario in found for r in splits(scenario, settings)]
+            runs = kept(results, found, settings) + [r for scenario in found for r in splits(scenario, settings)]
             results |= {"machine": describe(), "inputs": inputs(settings), "runs": runs}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -131,11 +132,25 @@ def parser() -> argparse.ArgumentParser:
 
 def inputs(settings: Settings) -> Record:
     """All that the runs depend on and no column of theirs says."""
-    return dataclasses.asdict(settings) | {
+    return {
+        "hardware": dataclasses.asdict(settings.hardware), "seed": settings.seed,
         "models": {name: dataclasses.asdict(model) for name, model in MODELS.items()},
         "prompt": PROMPT, "median": MEDIAN, "longest": LONGEST, "samples": SAMPLES, "tails": TAILS,
         "warm_up": WARM_UP, "checkpoint_every": CHECKPOINT_EVERY,
     }  # fmt: skip
+
+
+def kept(results: Record, found: Sequence[Scenario], settings: Settings) -> list[Record]:
+    """Runs of other scenarios that are there, where they come from the same inputs: a large grid is made in parts."""
+    if results.get("inputs") != inputs(settings):
+        return []
+    again = [key(dataclasses.asdict(scenario)) for scenario in found]
+    return [run for run in results["runs"] if key(run) not in again]
+
+
+def key(run: Record) -> tuple[Any, ...]:
+    """The scenario of a run."""
+    return tuple(run[field.name] for field in dataclasses.fields(Scenario))
 
 
 def given_hardware(file: Path | None, assignments: Sequence[str]) -> Hardware:
@@ -196,7 +211,7 @@ def splits(scenario: Scenario, settings: Settings) -> list[Record]:
         costs = gpu_costs(shape, hardware, learners)
         result = simulate(plan, costs, lognormal(sigma, seed), sampling, faults, seed)
         split = {"generators": count, "generator_gpus": size, "learner_gpus": learners}
-        split |= {"max_num_seqs": sampling.max_num_seqs}
+        split |= {"max_num_seqs": sampling.max_num_seqs, "steps": steps}
         faulty = {"hours": result.steps[-1].ended / 3600, "deaths": result.deaths, "retried": result.retried_groups}
         faulty |= {"dropped": result.dropped_groups, "lost_share": result.lost_tokens / result.sampled_tokens}
         records.append(dataclasses.asdict(scenario) | split | result.figures(WARM_UP - 1, steps - 1, count) | faulty)
@@ -205,11 +220,10 @@ def splits(scenario: Scenario, settings: Settings) -> list[Record]:
 
 def best(runs: list[Record]) -> list[Record]:
     """The fastest split of each scenario."""
-    found: dict[tuple, Record] = {}
+    found: dict[tuple[Any, ...], Record] = {}
     for run in runs:
-        key = tuple(run[f.name] for f in dataclasses.fields(Scenario))
-        if key not in found or run["tokens_per_second"] > found[key]["tokens_per_second"]:
-            found[key] = run
+        if key(run) not in found or run["tokens_per_second"] > found[key(run)]["tokens_per_second"]:
+            found[key(run)] = run
     return list(found.values())
 
 
@@ -277,11 +291,15 @@ def show_check(records: list[Record]) -> None:
 
 
 def plot(runs: list[Record]) -> str:
-    """Tokens per second and GPU against the share of the GPUs that sample: a panel for each model and cluster size."""
+    """Tokens per second and GPU against the share of the GPUs that sample: a panel for each model and cluster size.
+
+    Scenarios with other batches or rates of failure than by default are left out.
+    """
     panels = []
-    panel_of = lambda r: (r["model"], r["gpus"], r["tail"], r["failures"], r["groups"])
+    panel_of = lambda r: (r["model"], r["gpus"], r["tail"])
+    runs = [r for r in runs if r["failures"] == 1 and r["groups"] == groups_per_step(r["gpus"])]
     for i, place in enumerate(dict.fromkeys(map(panel_of, runs))):
-        model, gpus, tail, failures, _ = place
+        model, gpus, tail = place
         series: dict[str, list[tuple[float, float | None]]] = {}
         for r in runs:
             if panel_of(r) == place:
@@ -289,8 +307,7 @@ def plot(runs: list[Record]) -> str:
                 series.setdefault(f"S = {r['staleness']}", []).append((share, r["tokens_per_second"] / gpus))
         drawn = re.search(r"<svg.*</svg>", chart("", "tokens/s", series, "share that samples"), re.DOTALL)
         assert drawn is not None
-        about = f"{model}, {gpus:,} GPUs, {tail} tail" + (f", failures x {failures:g}" if failures != 1 else "")
-        title = f'<text class="t" x="0" y="14">{escape(about)}</text>'
+        title = f'<text class="t" x="0" y="14">{escape(f"{model}, {gpus:,} GPUs, {tail} tail")}</text>'
         for k, name in enumerate(series):
             title += f'<rect x="{20 + 80 * k}" y="24" width="14" height="3" fill="var(--s{k})"/>'
             title += f'<text x="{40 + 80 * k}" y="29">{escape(name)}</text>'

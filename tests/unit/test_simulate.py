@@ -319,13 +319,16 @@ def test_the_command_varies_what_is_assumed_and_how_often_processes_die(
 ) -> None:
     out = tmp_path / "out.json"
     small = ["--models", "7B", "--gpus", "8", "--groups", "8", "--shares", "0.5", "--staleness", "1", "--steps", "10"]
-    command.main([*small, "--failures", "0", "100000", "--out", str(out)])
+    command.main([*small, "--failures", "0", "--out", str(out)])
+    command.main([*small, "--failures", "100000", "--out", str(out)])
     never, often = json.loads(out.read_text())["runs"]
     assert (never["groups"], never["failures"], often["failures"]) == (8, 0, 100000)
     assert (sum(never["deaths"].values()), never["lost_share"]) == (0, 0)
     assert often["deaths"]["generator"] > 0
     assert 0 < often["lost_share"] < 1
     assert often["hours"] > never["hours"]
+    command.main([*small, "--failures", "0", "--set", "driver=1", "--out", str(out)])
+    assert len(json.loads(out.read_text())["runs"]) == 1, "others have other inputs"
     command.main([*small, "--sensitivity", "--out", str(out)])
     ratios = {(r["figure"], r["value"]): r["ratio"] for r in json.loads(out.read_text())["sensitivity"]}
     assert {name for name, _ in ratios} == set(ASSUMED)
