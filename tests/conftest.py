@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# No test asks the hub, whose retries take many seconds where there is no network. Before anybody imports it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 #: What a command that starts a cluster of this machine alone sets for its process.
 LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 

@@ -163,7 +163,7 @@ def test_staleness_0_is_a_plain_synchronous_loop_bit_for_bit(
         assert torch.equal(weights[0][name], weights[1][name]), name
 
 
-@pytest.mark.parametrize("serve", ["merged", "adapters"])
+@pytest.mark.parametrize("serve", [pytest.param("merged", marks=pytest.mark.slow), "adapters"])
 def test_adapters_reach_the_generators_in_flight(start: Callable[..., Job], config: str, serve: str) -> None:
     """LoRA under ZeRO-3 on two ranks; each sync sends the adapters alone, and every version passes the gate."""
     job = start(

@@ -40,7 +40,7 @@ FAULTS = {
     "gradient": (EDGE, "gradient norm nan"),
 }
 #: Fault, ranks and ZeRO stage: every one of them, but not every combination.
-FAST = [("nan", 1, 2), ("nan", 2, 3), ("infinite", 2, 2), ("gradient", 2, 1), ("gradient", 2, 3)]
+FAST = [("nan", 1, 2), ("infinite", 2, 2), ("gradient", 2, 3)]
 
 
 @pytest.fixture(scope="module", autouse=True)

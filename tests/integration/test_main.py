@@ -122,6 +122,7 @@ def step_one(job: Job) -> list[dict[str, Any]]:
     return table.sort_by([("group_id", "ascending"), ("sample_index", "ascending")]).to_pylist()
 
 
+@pytest.mark.slow
 def test_two_generators_and_two_ranks_do_what_one_does(start: Callable[..., Job], config: str) -> None:
     one = start("--config", config, "train.steps=1", folder="one").wait()
     assert one.code == 0, one.output

@@ -17,6 +17,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_judged_alike_in_training_and_from_disk(start: Callable[..., Job], config: str) -> None:
     options = ["--config", config, *SMALL]
     trained = start(*options, "recipe=reward_model", "reward_model.label_noise=0.2", folder="trained").wait()
