@@ -18,10 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.bare_vllm import bare_loops
 from benchmarks.machine import describe
+from benchmarks.program import ppo_steps, run_program
 from rlhf_dist.config_io import load
 from rlhf_dist.data.load import load_prompts
 from rlhf_dist.data.prompts import PromptOrder
@@ -118,10 +116,7 @@ def random_policy(folder: Path, model: dict[str, Any]) -> Path:
 def run(folder: Path, name: str, options: list[str]) -> list[dict[str, Any]]:
     """One run of the program; the lines of its steps, without those of the warm-up."""
     place = Path(tempfile.mkdtemp(prefix=name, dir=folder))
-    command = [sys.executable, "-m", "rlhf_dist.main", *COMMON, *options, f"run.root={place}", "run.name=run"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["stage"] == "ppo"]
+    steps = ppo_steps(run_program(place, [*COMMON, *options]))
     busy = busy_seconds(place / "run" / "trace.json", "policy 0") / len(steps)
     return [line | {"training": busy} for line in steps[WARM_UP:]]
 

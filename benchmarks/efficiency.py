@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,9 +35,9 @@ from rich.table import Table
 
 from benchmarks.asynchrony import COMMON, MODEL, ONE, STARTING, WARM_UP, random_policy, seconds_per_step
 from benchmarks.bare_vllm import bare_loops
+from benchmarks.program import ppo_steps, run_program
 from benchmarks.results import Report, Run
 
-ROOT = Path(__file__).parents[1]
 PROMPTS, SAMPLES, MICRO_BATCH_TOKENS = 32, 4, 8192
 STEPS = 16
 GOAL = 1.15
@@ -81,7 +79,7 @@ def measure(steps: int, repetitions: int) -> list[Run]:
         folder = Path(temporary)
         policy = random_policy(folder / "policy", MODEL)
         for repetition in range(repetitions):
-            whole = {s: run(folder / f"{repetition}-{s}", options_of(policy, s, steps)) for s in (0, 1)}
+            whole = {s: run_program(folder / f"{repetition}-{s}", options_of(policy, s, steps)) for s in (0, 1)}
             for staleness, place in whole.items():
                 parts = parts_of(place)
                 runs += [{"kind": f"S={staleness}", "part": name, "seconds": x} for name, x in parts.items()]
@@ -90,17 +88,9 @@ def measure(steps: int, repetitions: int) -> list[Run]:
     return runs
 
 
-def run(folder: Path, options: Sequence[str]) -> Path:
-    """One run of the program; its folder."""
-    command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return folder / "run"
-
-
 def parts_of(folder: Path) -> dict[str, float]:
     """Seconds of a step, and those of it in which each process was at work; the first steps are left out."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["stage"] == "ppo"][WARM_UP - 1 :]
+    steps = ppo_steps(folder)[WARM_UP - 1 :]
     trace = json.loads((folder / "trace.json").read_text())
     origin = trace["otherData"]["unix_time_of_zero"]
     between = (steps[0]["time"] - origin, steps[-1]["time"] - origin)

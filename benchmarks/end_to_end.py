@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -48,6 +47,7 @@ from benchmarks.grpo_sides import (
     trl_config,
 )
 from benchmarks.lognormal import lognormal_policy
+from benchmarks.program import ppo_steps, run_program
 from benchmarks.results import Report, Run
 from rlhf_dist.observability.charts import HEIGHT, WIDTH, chart
 
@@ -204,13 +204,10 @@ def last_line(text: str) -> str:
 def run_ours(case: Case, policy: Path, staleness: int, place: Place) -> Run:
     """One run of the program."""
     root = Path(tempfile.mkdtemp(prefix="ours", dir=place.folder))
-    options = [*our_options(case, policy, staleness, place), f"run.root={root}", "run.name=run"]
     started = time.time()
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "rlhf_dist.main", *options], cwd=ROOT, check=True, env=environ)
-    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = ppo_steps(run_program(root, our_options(case, policy, staleness, place)))
     names = {"time": "time", "reward": "rollout/reward_mean", "length": "rollout/response_length_mean"}
-    steps = [{name: line[key] for name, key in names.items()} for line in lines if line["stage"] == "ppo"]
+    steps = [{name: line[key] for name, key in names.items()} for line in lines]
     # Beside the last S steps nothing is generated any more.
     return figures(steps, started, case, uncounted=staleness)
 

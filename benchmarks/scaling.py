@@ -20,10 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,9 +33,9 @@ import psutil
 from rich.console import Console
 
 from benchmarks.asynchrony import COMMON, GRPO, MODEL, SMALL, WARM_UP, random_policy
+from benchmarks.program import ROOT, command_of, environment, ppo_steps
 from benchmarks.results import Report, Run
 
-ROOT = Path(__file__).parents[1]
 SAMPLES_PER_PROMPT = 4
 POLL_SECONDS = 0.1
 #: What one run is described by, and its value where nothing else is asked for.
@@ -112,14 +110,12 @@ def options_of(case: Mapping[str, int], policy: Path) -> list[str]:
 
 def run(folder: Path, options: Sequence[str]) -> dict[str, float]:
     """One run of the program, watched from outside."""
-    command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+    command = command_of(folder, options)
+    with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
         watched = list(watch(process))
     if process.returncode:
         raise SystemExit(f"the run ended with exit code {process.returncode}: {' '.join(command)}")
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["stage"] == "ppo"]
-    return figures_of(steps, watched)
+    return figures_of(ppo_steps(folder / "run"), watched)
 
 
 def watch(process: subprocess.Popen[bytes]) -> Iterator[tuple[float, float, float]]:

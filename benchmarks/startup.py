@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,10 +25,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.asynchrony import random_policy
+from benchmarks.program import run_program
 from benchmarks.results import Report, Run
 from rlhf_dist.config_io import load
 
-ROOT = Path(__file__).parents[1]
 GOAL = 25
 REPORT = Report("startup", case=("process", "part"), figures=("begins", "seconds"))
 
@@ -70,9 +67,7 @@ def options_of(policy: str, reward_model: str) -> list[str]:
 
 def measure(folder: Path, options: Sequence[str], repetition: int) -> list[Run]:
     """One run; when each part of its start began, in seconds after the command, and how long it took."""
-    command = [sys.executable, "-m", "rlhf_dist.main", *options, f"run.root={folder}", "run.name=run"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    events = json.loads((folder / "run" / "trace.json").read_text())["traceEvents"]
+    events = json.loads((run_program(folder, options) / "trace.json").read_text())["traceEvents"]
     return [
         {"process": process, "part": part, "repetition": repetition, "begins": start, "seconds": end - start}
         for process, part, start, end in parts(events)

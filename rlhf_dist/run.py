@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
 from rlhf_dist import artifacts, checkpoint, connection, planner
@@ -40,7 +39,7 @@ from rlhf_dist.observability.metrics import MetricsWriter
 from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary
 from rlhf_dist.observability.terminal import Terminal
-from rlhf_dist.observability.trace import Span, Trace
+from rlhf_dist.observability.trace import Trace
 from rlhf_dist.resuming import unfinished
 
 #: Ray gives it to the driver of a job.
@@ -281,8 +280,7 @@ class Run:
         self.metrics = self._open.enter_context(
             MetricsWriter(self.path("metrics.jsonl"), r.prometheus_port, r.prometheus_host)
         )
-        began = psutil.Process().create_time()
-        self.trace.add([Span(name="python", process="driver", start=began, end=time.time(), args={})])
+        self.trace.born("driver")
         with self.trace.span("driver", "connect"):
             self._connect()
         with self.trace.span("driver", "prepare_model"):

@@ -8,12 +8,10 @@ import functools
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import psutil
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -43,8 +41,7 @@ class Worker:
             faulthandler.enable()  # a crash in C says so in the log
         self.name = name
         self.trace = Trace()
-        began = psutil.Process().create_time()
-        self.trace.add([Span(name="python", process=name, start=began, end=time.time(), args={})])
+        self.trace.born(name)
 
     def ready(self) -> int:
         """Answers once the constructor is through; returns the pid."""

@@ -20,6 +20,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypedDict
 
+import psutil
+
 from rlhf_dist.observability.files import jsonable, write_atomically
 
 
@@ -59,6 +61,11 @@ class Trace:
             # The wall clock may be set while the body runs; its difference would be no duration.
             end = start + time.perf_counter() - clock
             self.add([{"name": name, "process": process, "start": start, "end": end, "args": args}])
+
+    def born(self, process: str) -> None:
+        """What came before the first line of ours in this process: the interpreter, Ray, imports; span ``python``."""
+        began = psutil.Process().create_time()
+        self.add([{"name": "python", "process": process, "start": began, "end": time.time(), "args": {}}])
 
     def add(self, spans: Iterable[Span]) -> None:
         """Add spans made elsewhere."""
