@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,10 @@ from rlhf_dist.actors.outbox import Outbox
 from rlhf_dist.actors.rollouts import ChunkInfo
 from rlhf_dist.config import Config
 from rlhf_dist.data.batching import Ragged
+from rlhf_dist.engines.results import Sample, SyncRecord
+
+if TYPE_CHECKING:
+    from rlhf_dist.engines.vllm import GeneratorEngine
 
 
 def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
@@ -34,7 +38,7 @@ def sample_seed(run_seed: int, group_id: int, sample_index: int) -> int:
 class Command:
     """Something for the engine's thread to do between two steps."""
 
-    call: Callable[[Any], Any]
+    call: Callable[[GeneratorEngine], Any]
     when_idle: bool
     """Only once everything that runs is finished; nothing new begins before."""
     answer: Future
@@ -90,7 +94,7 @@ class Generator(Worker):
         prompt_ids = prompts["prompt_id"].to_numpy()
         indices = [*range(n), *([schema.GREEDY] if greedy else [])]
 
-        def submit(engine: Any) -> None:
+        def submit(engine: GeneratorEngine) -> None:
             self.outbox.expect(lane, version, [group for group, _ in groups], len(indices))
             for group, row in groups:
                 for i in indices:
@@ -102,7 +106,7 @@ class Generator(Worker):
     def drop(self, lane: int) -> None:
         """Give up what a lane has here; nobody wants it any more."""
 
-        def drop(engine: Any) -> None:
+        def drop(engine: GeneratorEngine) -> None:
             engine.drop(lane)
             self.outbox.drop(lane)
 
@@ -127,7 +131,7 @@ class Generator(Worker):
         prompts, responses = Ragged.of(table, "teacher_prompt_ids"), Ragged.of(table, "response_ids")
         finished: queue.Queue = queue.Queue()
 
-        def submit(engine: Any) -> None:
+        def submit(engine: GeneratorEngine) -> None:
             for row in rows:
                 self._texts[int(row)] = finished
                 engine.add_text(int(row), np.concatenate([prompts[row], responses[row]]), k)
@@ -151,8 +155,8 @@ class Generator(Worker):
         probability = float(np.exp(columns["teacher_logprobs"].values.to_numpy()).sum())
         return {"rows": len(rows), "tokens": int(lengths.sum()), "probability": probability}, pa.table(columns)
 
-    def load(self, version: int, parts: list[ray.ObjectRef], canaries: list[ray.ObjectRef]) -> Any:
-        """Pull one version of the weights and pass the gate; returns the ``SyncRecord``.
+    def load(self, version: int, parts: list[ray.ObjectRef], canaries: list[ray.ObjectRef]) -> dict[str, Any]:
+        """Pull one version of the weights and pass the gate; returns what was verified, ``SyncRecord``.
 
         Args:
             parts: shards of each rank of the learner.
@@ -162,7 +166,7 @@ class Generator(Worker):
         shards = [shard for of_rank in ray.get(parts) for shard in of_rank]
         pulled = time.perf_counter() - started
 
-        def load(engine: Any) -> Any:
+        def load(engine: GeneratorEngine) -> SyncRecord:
             with self.trace.span(self.name, "load", version=version):
                 # The learner computes its canary meanwhile.
                 return engine.load(version, shards, lambda: _canary(ray.get(canaries)))
@@ -188,7 +192,7 @@ class Generator(Worker):
         self._run(lambda engine: engine.finish_weight_update(version))
 
     def gate(self, version: int, *canaries: Any) -> dict[str, Any]:
-        """Verify what was pushed; returns the ``SyncRecord``.
+        """Verify what was pushed; returns what was verified, ``SyncRecord``.
 
         Args:
             canaries: of each rank of the learner; rank 0 has tokens and log-probabilities, the others None.
@@ -200,11 +204,11 @@ class Generator(Worker):
     def _drains(self) -> bool:
         return self.cfg.rollout.in_flight_updates == "drain"
 
-    def _run(self, command: Callable[[Any], Any], when_idle: bool = False) -> Any:
+    def _run(self, command: Callable[[GeneratorEngine], Any], when_idle: bool = False) -> Any:
         """Run ``command(engine)`` in the engine's thread, between two steps; returns its result."""
         return self._send(command, when_idle).result()
 
-    def _send(self, command: Callable[[Any], Any], when_idle: bool = False) -> Future:
+    def _send(self, command: Callable[[GeneratorEngine], Any], when_idle: bool = False) -> Future:
         if self._error is not None:
             raise RuntimeError(f"generator {self.index} has failed: {self._error}") from self._error
         answer: Future = Future()
@@ -230,7 +234,9 @@ class Generator(Worker):
             for waiting in self._texts.values():
                 waiting.put(error)
 
-    def _make_engine(self, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int) -> Any:
+    def _make_engine(
+        self, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int
+    ) -> GeneratorEngine:
         cfg = self.cfg
         with self.trace.span(self.name, "import"):
             from rlhf_dist.engines.vllm import GeneratorEngine
@@ -249,7 +255,7 @@ class Generator(Worker):
                 max_logprobs=max(20, cfg.distill.top_k),
             )
 
-    def _decode(self, engine: Any) -> dict[str, int]:
+    def _decode(self, engine: GeneratorEngine) -> dict[str, int]:
         """Step until a command can run, or there is nothing to decode; returns how often, and with how many sequences
         in all."""
         steps = sequences = 0
@@ -270,7 +276,7 @@ class Generator(Worker):
             if done:
                 return {"steps": steps, "sequences": sequences}
 
-    def _commands(self, engine: Any) -> None:
+    def _commands(self, engine: GeneratorEngine) -> None:
         """Run what waits in the inbox; block only when there is nothing to decode."""
         while True:
             if self._next is None:
@@ -297,11 +303,11 @@ def _checked(result: Any) -> Any:
     return result
 
 
-def _figures(record: Any, pull_seconds: float) -> dict[str, Any]:
+def _figures(record: SyncRecord, pull_seconds: float) -> dict[str, Any]:
     return {**record.__dict__, "tells_apart": record.canary_tells_apart, "pull_seconds": pull_seconds}
 
 
-def _info(samples: Sequence[Any]) -> ChunkInfo:
+def _info(samples: Sequence[Sample]) -> ChunkInfo:
     groups = list(dict.fromkeys(s.group_id for s in samples))
     n = len(samples) // len(groups)
     totals = lambda lengths: tuple(int(x) for x in np.reshape(lengths, (-1, n)).sum(1))
@@ -314,7 +320,7 @@ def _info(samples: Sequence[Any]) -> ChunkInfo:
     )
 
 
-def rollout_table(samples: Sequence[Any]) -> pa.Table:
+def rollout_table(samples: Sequence[Sample]) -> pa.Table:
     """Finished samples as ``schema.ROLLOUT``."""
     lengths = np.array([len(s.response_ids) for s in samples])
     flat = lambda values, dtype: np.concatenate([np.asarray(v, dtype) for v in values])
