@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from rich.console import Console
 
 from benchmarks.algorithms import REQUIREMENTS
 from benchmarks.asynchrony import MODEL
+from benchmarks.drawing import drawing
 from benchmarks.grpo_sides import (
     CASES,
     MEDIAN,
@@ -49,7 +48,7 @@ from benchmarks.grpo_sides import (
 from benchmarks.lognormal import lognormal_policy
 from benchmarks.program import ppo_steps, run_program
 from benchmarks.results import Report, Run
-from rlhf_dist.observability.charts import HEIGHT, WIDTH, chart
+from rlhf_dist.observability.charts import chart
 
 REPORT = Report(
     "end_to_end",
@@ -311,27 +310,12 @@ def curves(runs: list[Run], against: str) -> dict[str, list[tuple[float, float |
 
 def plot(runs: list[Run]) -> str:
     """Reward against samples and against seconds after the first step; an SVG that stands alone."""
-    panels = []
-    for i, (against, axis) in enumerate({"samples": "samples", "seconds": "seconds after the first step"}.items()):
-        series = curves(runs, against)
-        drawn = re.search(r"<svg.*</svg>", chart("", "", series, axis), re.DOTALL)
-        if drawn is None:  # the short lengths were not measured
-            continue
-        title = f'<text class="t" x="0" y="14">Gold score of the samples against {axis}</text>'
-        for k, name in enumerate(series):
-            title += f'<rect x="{20 + 100 * k}" y="24" width="14" height="3" fill="var(--s{k})"/>'
-            title += f'<text x="{40 + 100 * k}" y="29">{escape(name)}</text>'
-        panel = drawn[0].replace("<svg ", f'<svg y="36" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        panels.append(f'<svg y="{i * (HEIGHT + 60)}" width="{WIDTH}" height="{HEIGHT + 50}">{title}{panel}</svg>')
-    height = max(1, len(panels)) * (HEIGHT + 60)
-    style = (
-        ":root{--s0:#2563c9;--s1:#c2571a;--s2:#2f8f5b}text{font:11px sans-serif;fill:#5d6878}"
-        ".t{font-size:14px;fill:#1c2430}.g{stroke:#dde2e9}.l{fill:none;stroke-width:2}.h{fill:transparent}"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -6 {WIDTH + 20} {height}"><style>{style}</style>'
-        f'<rect x="-10" y="-6" width="{WIDTH + 20}" height="{height}" fill="#fff"/>{"".join(panels)}</svg>\n'
-    )
+    axes = {"samples": "samples", "seconds": "seconds after the first step"}
+    figures = [
+        chart(f"Gold score of the samples against {axis}", "", curves(runs, against), axis)
+        for against, axis in axes.items()
+    ]
+    return drawing([figure for figure in figures if figure])  # without the short lengths there is no curve
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,10 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawing
 from benchmarks.learning import ROOT, execute, shared_checkpoints
 from benchmarks.machine import describe
 from rlhf_dist.evaluation.overoptimization import fit
-from rlhf_dist.observability.charts import HEIGHT, WIDTH, chart
+from rlhf_dist.observability.charts import chart
 from rlhf_dist.observability.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results" / "overoptimization.json"
@@ -155,34 +154,18 @@ def show(runs: list[Record]) -> None:
 
 def plot(runs: list[Record]) -> str:
     """One panel for each proxy, an SVG that stands alone: gold score against √KL."""
-    panels = []
+    figures = []
     found = list(curves(runs))
-    for i, comparisons in enumerate(dict.fromkeys(c for c, *_ in found)):
-        lines = {m: points for c, m, _, points in found if c == comparisons}
+    for comparisons in dict.fromkeys(c for c, *_ in found):
         series = {
-            "best-of-n, KL at most" if m == "best-of-n" else "PPO": [
+            "best-of-n, KL at most" if method == "best-of-n" else "PPO": [
                 (math.sqrt(max(0.0, p["kl"])), p["gold_score"]) for p in points
             ]
-            for m, points in lines.items()
+            for c, method, _, points in found
+            if c == comparisons
         }
-        drawn = re.search(r"<svg.*</svg>", chart("gold score", "", series, "√KL"), re.DOTALL)
-        assert drawn is not None
-        title = f'<text class="t" x="0" y="14">Gold score, proxy of {comparisons:,} comparisons</text>'
-        for k, name in enumerate(series):
-            x = 20 + 160 * k
-            title += f'<rect x="{x}" y="24" width="14" height="3" fill="var(--s{k})"/>'
-            title += f'<text x="{x + 20}" y="29">{escape(name)}</text>'
-        panel = drawn[0].replace("<svg ", f'<svg y="36" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        panels.append(f'<svg y="{i * (HEIGHT + 60)}" width="{WIDTH}" height="{HEIGHT + 50}">{title}{panel}</svg>')
-    height = len(panels) * (HEIGHT + 60)
-    style = (
-        ":root{--s0:#2563c9;--s1:#c2571a}text{font:11px sans-serif;fill:#5d6878}.t{font-size:14px;fill:#1c2430}"
-        ".g{stroke:#dde2e9}.l{fill:none;stroke-width:2}.h{fill:transparent}"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -6 {WIDTH + 20} {height}"><style>{style}</style>'
-        f'<rect x="-10" y="-6" width="{WIDTH + 20}" height="{height}" fill="#fff"/>{"".join(panels)}</svg>\n'
-    )
+        figures.append(chart(f"Gold score, proxy of {comparisons:,} comparisons", "", series, "√KL"))
+    return drawing(figures)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,8 @@ import functools
 import itertools
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +32,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drawing import drawing
 from benchmarks.machine import describe
 from benchmarks.simulation import measured
 from benchmarks.simulation.cluster import Plan, simulate
 from benchmarks.simulation.costs import ASSUMED, MODELS, Hardware, generator_gpus, gpu_costs, least_learner_gpus, slots
 from benchmarks.simulation.generator import Sampling
 from benchmarks.simulation.generators import Failures, Lengths
-from rlhf_dist.observability.charts import HEIGHT, WIDTH, chart
+from rlhf_dist.observability.charts import chart
 
 RESULTS = Path(__file__).parent / "results" / "simulate.json"
 PROMPT, MEDIAN, LONGEST, SAMPLES = 512, 1024, 16_384, 8
@@ -295,34 +294,18 @@ def plot(runs: list[Record]) -> str:
 
     Scenarios with other batches or rates of failure than by default are left out.
     """
-    panels = []
+    figures = []
     panel_of = lambda r: (r["model"], r["gpus"], r["tail"])
     runs = [r for r in runs if r["failures"] == 1 and r["groups"] == groups_per_step(r["gpus"])]
-    for i, place in enumerate(dict.fromkeys(map(panel_of, runs))):
+    for place in dict.fromkeys(map(panel_of, runs)):
         model, gpus, tail = place
         series: dict[str, list[tuple[float, float | None]]] = {}
         for r in runs:
             if panel_of(r) == place:
                 share = r["generators"] * r["generator_gpus"] / gpus
                 series.setdefault(f"S = {r['staleness']}", []).append((share, r["tokens_per_second"] / gpus))
-        drawn = re.search(r"<svg.*</svg>", chart("", "tokens/s", series, "share that samples"), re.DOTALL)
-        assert drawn is not None
-        title = f'<text class="t" x="0" y="14">{escape(f"{model}, {gpus:,} GPUs, {tail} tail")}</text>'
-        for k, name in enumerate(series):
-            title += f'<rect x="{20 + 80 * k}" y="24" width="14" height="3" fill="var(--s{k})"/>'
-            title += f'<text x="{40 + 80 * k}" y="29">{escape(name)}</text>'
-        panel = drawn[0].replace("<svg ", f'<svg y="36" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        at = f'x="{(i % 2) * (WIDTH + 20)}" y="{i // 2 * (HEIGHT + 60)}"'
-        panels.append(f'<svg {at} width="{WIDTH}" height="{HEIGHT + 50}">{title}{panel}</svg>')
-    width, height = 2 * WIDTH + 40, (len(panels) + 1) // 2 * (HEIGHT + 60)
-    style = (
-        ":root{--s0:#2563c9;--s1:#c2571a;--s2:#2f8f5b;--s3:#8a4bb0}text{font:11px sans-serif;fill:#5d6878}"
-        ".t{font-size:14px;fill:#1c2430}.g{stroke:#dde2e9}.l{fill:none;stroke-width:2}.h{fill:transparent}"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 -6 {width} {height}"><style>{style}</style>'
-        f'<rect x="-10" y="-6" width="{width}" height="{height}" fill="#fff"/>{"".join(panels)}</svg>\n'
-    )
+        figures.append(chart(f"{model}, {gpus:,} GPUs, {tail} tail", "tokens/s", series, "share that samples"))
+    return drawing(figures, columns=2)
 
 
 if __name__ == "__main__":

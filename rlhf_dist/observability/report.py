@@ -99,7 +99,7 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [
         _head(run_dir.resolve().name, summary),
         _by_group(summary.get("eval", {})),
-        _calibration(summary),
+        _reward_models(calibrations(summary)),
         _samples(_read_json(run_dir / "samples.json", [])),
         *_stages(read_metrics(run_dir / "metrics.jsonl"), summary.get("overoptimization", {})),
         _all_figures(summary),
@@ -172,16 +172,19 @@ def _by_group(evaluations: Any) -> str:
     return f'<h2>By group</h2><div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _calibration(summary: Mapping[str, Any]) -> str:
-    """Of every reward model that was judged."""
+def calibrations(summary: Mapping[str, Any]) -> list[str]:
+    """A chart of every reward model that was judged."""
     figures = []
     for stage, judged in summary.items():
         if isinstance(judged, dict) and (curve := judged.get("calibration")):
             note = f"{stage}: expected calibration error {human(judged['calibration_error'])}, {judged['pairs']} pairs"
             title = "Predicted and observed win probability"
             figures.append(calibration_chart(title, note, curve["predicted"], curve["observed"], curve["sides"]))
-    grid = f'<div class="grid">{"".join(figures)}</div>'
-    return f"<h2>Reward models on held-out pairs</h2>{grid}" if figures else ""
+    return figures
+
+
+def _reward_models(figures: list[str]) -> str:
+    return f'<h2>Reward models on held-out pairs</h2><div class="grid">{"".join(figures)}</div>' if figures else ""
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
@@ -209,7 +212,7 @@ def _stages(records: list[dict[str, Any]], overoptimization: Mapping[str, Any]) 
         stages.setdefault(str(record["stage"]), []).append(record)
     for stage, rows in stages.items():
         names = dict.fromkeys(name for row in rows for name in row if name not in RESERVED)
-        main = [_against_kl(rows, overoptimization)]
+        main = [against_kl(rows, overoptimization)]
         for title, unit, wanted in CHARTS:
             members = [n for n in names if any(n == w or (w.endswith("/") and n.startswith(w)) for w in wanted)]
             for name in members:
@@ -220,7 +223,7 @@ def _stages(records: list[dict[str, Any]], overoptimization: Mapping[str, Any]) 
         yield _details(f"More figures of {stage}", f'<div class="grid">{rest}</div>' if rest else "")
 
 
-def _against_kl(rows: list[dict[str, Any]], overoptimization: Mapping[str, Any]) -> str:
+def against_kl(rows: list[dict[str, Any]], overoptimization: Mapping[str, Any]) -> str:
     """Proxy and gold of three evaluations or more against √KL, each as its change since the first one, in standard
     deviations of the samples then; marked is where a figure other than the proxy turned."""
     rows = sorted((r for r in rows if isinstance(r.get("eval/sqrt_kl"), int | float)), key=lambda r: r["step"])

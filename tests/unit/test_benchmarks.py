@@ -304,3 +304,29 @@ def test_scaling_fits_the_exponent_of_each_sweep(monkeypatch: pytest.MonkeyPatch
         "driver_cpu grows with length to the power of 0.00",
         "driver_mb grows with length to the power of 0.00",
     ]
+
+
+def test_plots_of_a_run_are_drawn_with_note_and_legend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import figures
+
+    curve = {"predicted": [0.25, 0.75], "observed": [0.3, 0.7], "sides": [4, 4]}
+    judged = {"calibration": curve, "calibration_error": 0.05, "pairs": 4}
+    summary = {"pm_test": judged, "pm_train": judged, "overoptimization": {"test_pm": {"turn": {"sqrt_kl": 1.0}}}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    rows = [
+        {"stage": "eval", "step": i, "eval/sqrt_kl": i, "eval/reward": i, "eval/reward_std": 1.0}
+        | {"eval/test_pm": i % 2, "eval/test_pm_std": 0.5}
+        for i in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures.main([str(tmp_path), "--out", str(tmp_path / "figures"), "--name", "hh"])
+    written = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert written == ["hh_calibration.svg", "hh_overoptimization.svg"]
+    calibration, scores = (ET.parse(tmp_path / "figures" / name).getroot() for name in written)
+    assert len(calibration.findall("{http://www.w3.org/2000/svg}svg")) == 2
+    text = "".join(scores.itertext())
+    assert "change, in standard deviations at the start" in text
+    assert "test_pm turns" in text
+    assert "test_pm, √KL 1: 2" in text  # one point up, in standard deviations of 0.5
+    assert "var(" not in (tmp_path / "figures" / written[1]).read_text()
