@@ -84,6 +84,7 @@ class Run:
         self.results: dict[str, Path] = {}
         """Folders of what the stages so far have made, by name."""
         self._groups: list[Startable] = []
+        self._faults_noted: list[tuple[Any, Any]] = []
         self._open = contextlib.ExitStack()
         self._quiet = contextlib.ExitStack()
 
@@ -296,8 +297,13 @@ class Run:
             )
 
     def note_rows(self, what: str, report: dict[str, Any]) -> None:
-        """Report what a reader left out: on the terminal, and in ``rows_skipped`` and ``row_faults``."""
-        if report.get("skipped"):
+        """Report what a reader left out: on the terminal, and in ``rows_skipped`` and ``row_faults``.
+
+        Stages that read the same rows find the same faults, which are reported once.
+        """
+        found = (report.get("faults"), report.get("messages"))
+        if report.get("skipped") and found not in self._faults_noted:
+            self._faults_noted.append(found)
             faults = Counter(self.summary.get("row_faults", {})) + Counter(report["faults"])
             self.summary.set("row_faults", dict(faults))
             self.summary.set("rows_skipped", faults.total())

@@ -165,14 +165,15 @@ def test_the_faults_of_hh_are_counted_and_named(hh: tuple[Config, str], tmp_path
 
     run = Run(cfg, Terminal(io.StringIO()))
     run.note_rows("comparisons", report)
-    run.note_rows("held-out comparisons", report)
+    run.note_rows("comparisons of another stage", report)
+    run.note_rows("held-out comparisons", report | {"messages": ["another file"]})
     first, second = run.terminal.console.file.getvalue().strip().split("comparisons: ")[1:]  # type: ignore[attr-defined]
     said = " ".join(first.split())
     assert said.startswith(
         "7 faulty rows skipped: 2 x turns do not alternate, 1 x prompts differ, 1 x empty response, "
     )
     assert f"the first: {tmp_path / 'rows.jsonl'}:2: the prompts of 'chosen' and 'rejected' differ" in said
-    assert "7 faulty rows" in second
+    assert second.startswith("7 faulty rows"), "the same rows are named once"
     assert run.summary.get("rows_skipped") == 14
     assert run.summary.get("row_faults") == {kind: 2 * count for kind, count in report["faults"].items()}
 
