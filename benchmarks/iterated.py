@@ -18,10 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.machine import describe
+from benchmarks.results import Rows, print_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "iterated.json"
@@ -46,7 +44,7 @@ def main() -> None:
                 if not any((r["rounds"], r["seed"]) == (rounds, seed) for r in results["runs"]):
                     results["runs"].append(measure(rounds, seed, args.runs))
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results["runs"])
+    print_rows(rows(results["runs"]))
 
 
 def measure(rounds: int, seed: int, runs: Path) -> dict[str, Any]:
@@ -70,30 +68,22 @@ def measure(rounds: int, seed: int, runs: Path) -> dict[str, Any]:
     }
 
 
-def show(runs: list[dict[str, Any]]) -> None:
-    table = Table("rounds", "seeds", "SFT", "gold after each round", "lowest", "highest", "KL", "reward-model accuracy")
+def rows(runs: list[dict[str, Any]]) -> Rows:
+    """One row for each number of rounds."""
+    seeds = sorted({r["seed"] for r in runs})
+    each = ", ".join(map(str, seeds))
+    last = f"gold score after the last, seeds {each}"
+    found: Rows = [("rounds", "SFT, mean", last, "mean after each", "KL, mean", "reward model's accuracy, mean")]
     for rounds in sorted({r["rounds"] for r in runs}):
-        part = [r for r in runs if r["rounds"] == rounds]
-        last = [r["gold_score"][-1] for r in part]
-        means = lambda key, part=part: "  ".join(
-            f"{statistics.mean(x):.3f}" for x in zip(*(r[key] for r in part), strict=True)
+        part = sorted((r for r in runs if r["rounds"] == rounds), key=lambda r: r["seed"])
+        means = lambda key, form, part=part: " ".join(
+            form.format(statistics.mean(values)) for values in zip(*(r[key] for r in part), strict=True)
         )
-        before = statistics.mean(r["before"] for r in part)
-        cells = [
-            f"{before:.3f}",
-            means("gold_score"),
-            f"{min(last):.3f}",
-            f"{max(last):.3f}",
-            means("kl"),
-            means("accuracy"),
-        ]
-        table.add_row(str(rounds), str(len(part)), *cells)
-    Console(width=140).print(table)
-
-
-def means(runs: list[dict[str, Any]], key: str) -> list[float]:
-    """Over the seeds, after each round."""
-    return [statistics.mean(values) for values in zip(*(r[key] for r in runs), strict=True)]
+        before = f"{statistics.mean(r['before'] for r in part):.3f}"
+        golds = " ".join(f"{r['gold_score'][-1]:.3f}" for r in part)
+        figures = (means("gold_score", "{:.3f}"), means("kl", "{:.1f}"), means("accuracy", "{:.3f}"))
+        found.append((str(rounds), before, golds, *figures))
+    return found
 
 
 if __name__ == "__main__":

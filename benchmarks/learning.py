@@ -17,15 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.results import Rows, print_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "algorithms"
@@ -63,7 +61,8 @@ def main() -> None:
                     results["runs"].append(measure(name, seed, args.runs))
                     RESULTS.parent.mkdir(exist_ok=True)
                     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results["runs"])
+    print_rows(rows(results["runs"]))
+    print_rows(rows_stale(results["runs"]), "with staleness")
 
 
 def measure(name: str, seed: int, runs: Path) -> dict[str, Any]:
@@ -129,37 +128,22 @@ def stage_seconds(folder: Path, stage: str) -> float:
     return round((times[-1] - times[0]) * len(times) / max(1, len(times) - 1), 1)
 
 
-def show(runs: list[dict[str, Any]]) -> None:
-    """One row for each algorithm: means over the seeds, and the lowest and highest gold score."""
-    table = Table("algorithm", "seeds", "SFT", "gold score", "lowest", "highest", "greedy", "KL", "seconds")
-    for name in dict.fromkeys(r["algorithm"] for r in runs):
-        part = [r for r in runs if r["algorithm"] == name]
-        gold = [r["gold_score"] for r in part]
-        mean = lambda key, part=part: statistics.mean(r[key] for r in part)
-        kl = f"{mean('kl'):.2f}" if all(r["kl"] is not None for r in part) else "-"
-        cells = [mean("sft"), mean("gold_score"), min(gold), max(gold), mean("gold_score_greedy")]
-        table.add_row(name, str(len(part)), *(f"{x:.3f}" for x in cells), kl, f"{mean('stage_seconds'):.0f}")
-    Console(width=140).print(table)
-
-
-def rows(runs: list[dict[str, Any]]) -> list[Sequence[str]]:
+def rows(runs: list[dict[str, Any]]) -> Rows:
     """For docs/benchmarks.md: one row for each algorithm, with the figures of all seeds."""
     plain = [r for r in runs if r["algorithm"] not in STALE]
     return _rows(sorted(plain, key=lambda r: (r["algorithm"] != "ppo", r["algorithm"])), "algorithm")
 
 
-def rows_stale(runs: list[dict[str, Any]]) -> list[Sequence[str]]:
+def rows_stale(runs: list[dict[str, Any]]) -> Rows:
     """The same of PPO by staleness."""
     return _rows([r for r in runs if r["algorithm"] in ("ppo", *STALE)], "")
 
 
-def _rows(runs: list[dict[str, Any]], title: str) -> list[Sequence[str]]:
+def _rows(runs: list[dict[str, Any]], title: str) -> Rows:
     """Seconds are the lowest, which other work on the machine disturbed least."""
     seeds = sorted({r["seed"] for r in runs})
     each = ", ".join(map(str, seeds))
-    found: list[Sequence[str]] = [
-        (title, f"gold score, seeds {each}", "mean", "greedy, mean", f"KL, seeds {each}", "seconds")
-    ]
+    found: Rows = [(title, f"gold score, seeds {each}", "mean", "greedy, mean", f"KL, seeds {each}", "seconds")]
     for name in dict.fromkeys(r["algorithm"] for r in runs):
         of = {r["seed"]: r for r in runs if r["algorithm"] == name}
         figures = lambda key, form, of=of: " ".join(

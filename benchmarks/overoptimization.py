@@ -23,12 +23,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.drawing import drawing
 from benchmarks.learning import ROOT, execute, shared_checkpoints
 from benchmarks.machine import describe
+from benchmarks.results import Rows, print_rows
 from rlhf_dist.evaluation.overoptimization import fit
 from rlhf_dist.observability.charts import chart
 from rlhf_dist.observability.metrics import read_metrics
@@ -69,7 +67,7 @@ def main() -> None:
         results["runs"].append({"method": method, "comparisons": comparisons, "seed": seed, **record, "seconds": wall})
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results["runs"])
+    print_rows(rows(results["runs"]))
     RESULTS.with_suffix(".svg").write_text(plot(results["runs"]))
 
 
@@ -135,21 +133,18 @@ def curves(runs: list[Record]) -> Iterable[tuple[int, str, list[Record], list[di
             yield comparisons, method, part, [{key: mean(p[key] for p in same) for key in same[0]} for same in points]
 
 
-def show(runs: list[Record]) -> None:
-    """A row for each n and each evaluation, and what was fitted."""
+def rows(runs: list[Record]) -> Rows:
+    """Where gold is highest and where each method ends, means over the seeds."""
+    heads = ("proxy's comparisons", "method", "seeds", "start: gold", "highest gold", "there", "its KL", "its proxy")
+    found: Rows = [(*heads, "end: gold", "its KL", "its proxy")]
     for comparisons, method, part, points in curves(runs):
-        label = "n" if method == "best-of-n" else "step"
-        kl = "KL at most" if method == "best-of-n" else "KL"
-        title = f"{method}, proxy of {comparisons:,} comparisons, {len(part)} seeds"
-        table = Table(label, kl, "√KL", "proxy", "gold score", title=title)
-        for p in points:
-            cells = (p["kl"], math.sqrt(max(0.0, p["kl"])), *(p[f] for f in FIGURES))
-            table.add_row(f"{p[label]:g}", *(f"{x:.3f}" for x in cells))
-        console = Console(width=100)
-        console.print(table)
-        for r in part:
-            found = {k: round(v, 3) for k, v in r["fit"].items()} if r["fit"] else None
-            console.print(f"seed {r['seed']}: fit {found}" + (f", turn {r['turn']}" if method == "ppo" else ""))
+        best, last = max(points, key=lambda p: p["gold_score"]), points[-1]
+        where = f"n = {best['n']:g}" if method == "best-of-n" else f"step {best['step']:g}"
+        of = lambda p: (f"{p['gold_score']:.3f}", f"{p['kl']:.2f}", f"{p['reward']:.2f}")
+        gold, *others = of(best)
+        start = f"{points[0]['gold_score']:.3f}"
+        found.append((f"{comparisons:,}", method, str(len(part)), start, gold, where, *others, *of(last)))
+    return found
 
 
 def plot(runs: list[Record]) -> str:

@@ -13,19 +13,22 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from benchmarks import learning
-from benchmarks.results import FOLDER, Report
+from benchmarks import iterated, learning, overoptimization, preference_model
+from benchmarks.results import FOLDER, Report, Rows, Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 #: Name -> file and how its runs are shown: header and rows.
-TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], list[Sequence[str]]]]] = {
+TABLES: dict[str, tuple[str, Callable[[list[Run]], Rows]]] = {
     "learning": ("learning", learning.rows),
     "learning-stale": ("learning", learning.rows_stale),
+    "preference_model": ("preference_model", preference_model.rows),
+    "preference_model-noise": ("preference_model", preference_model.rows_noise),
+    "overoptimization": ("overoptimization", overoptimization.rows),
+    "iterated": ("iterated", iterated.rows),
 }
 
 
@@ -46,7 +49,7 @@ def filled(text: str) -> str:
     return MARKED.sub(lambda found: f"{found['begin']}{markdown(rows_of(found['name']))}\n{found['end']}", text)
 
 
-def rows_of(name: str) -> list[Sequence[str]]:
+def rows_of(name: str) -> Rows:
     """Header and rows of a table.
 
     Raises:
@@ -59,10 +62,10 @@ def rows_of(name: str) -> list[Sequence[str]]:
     return rows(json.loads(path.read_text())["runs"])
 
 
-def medians_of(name: str) -> Callable[[list[dict[str, Any]]], list[Sequence[str]]]:
+def medians_of(name: str) -> Callable[[list[Run]], Rows]:
     """Rows of a benchmark that has a ``REPORT``."""
 
-    def rows(runs: list[dict[str, Any]]) -> list[Sequence[str]]:
+    def rows(runs: list[Run]) -> Rows:
         report = report_of(name)
         medians = report.medians(runs)
         figures = [f for f in report.figures if any(f in row for row in medians.values())]
@@ -87,7 +90,7 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Rows) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

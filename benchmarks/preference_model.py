@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.machine import describe
+from benchmarks.results import Rows, print_rows
 from rlhf_dist.config_io import load
 from rlhf_dist.data.load import load_comparisons
 from rlhf_dist.data.tokenization import load_tokenizer
@@ -66,7 +65,8 @@ def main() -> None:
                 results["runs"] = [r for r in results["runs"] if r not in known] + [found]
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results["runs"])
+    print_rows(rows(results["runs"]))
+    print_rows(rows_noise(results["runs"]))
 
 
 def trained(data: Path, seed: int, noise: float, runs: Path) -> Path:
@@ -152,20 +152,32 @@ def bag_of_bigrams(train: Texts, test: Texts) -> np.ndarray:
     return search.decision_function(surplus(test))
 
 
-def show(runs: list[dict[str, Any]]) -> None:
-    """One row for each run and half, and the means over the seeds."""
-    heads = ("noise", "half", "seed", "accuracy", "longer", "shorter", "lead", "95 %")
-    table = Table(*heads, "bigrams", "to bigrams", "95 %")
-    runs = sorted(runs, key=lambda r: (r["noise"], r["seed"]))
-    for noise in dict.fromkeys(r["noise"] for r in runs):
-        of_noise = [r for r in runs if r["noise"] == noise]
-        for half in of_noise[0]["parts"]:
-            parts = [r["parts"][half] for r in of_noise]
-            for run, part in zip(of_noise, parts, strict=True):
-                table.add_row(f"{noise:g}", half, str(run["seed"]), *cells(part))
-            means = {key: statistics.mean(p[key] for p in parts) for key in MEANS if all(key in p for p in parts)}
-            table.add_row(f"{noise:g}", half, "mean", *cells(means), style="bold")
-    Console(width=150).print(table)
+def rows(runs: list[dict[str, Any]]) -> Rows:
+    """With the labels as they are: one row for each half and seed, and the means over the seeds."""
+    heads = ("half", "seed", "accuracy", "longer wins", "shorter wins", "over the better rule", "95 %")
+    found: Rows = [(*heads, "bigrams", "over bigrams", "95 %")]
+    runs = sorted((r for r in runs if r["noise"] == 0), key=lambda r: r["seed"])
+    for half in runs[0]["parts"] if runs else ():
+        parts = [r["parts"][half] for r in runs]
+        found += [(half, str(run["seed"]), *cells(part)) for run, part in zip(runs, parts, strict=True)]
+        found.append((half, "mean", *cells(means(parts))))
+    return found
+
+
+def rows_noise(runs: list[dict[str, Any]]) -> Rows:
+    """Means over the seeds on all pairs, by the share of training labels that were flipped."""
+    found: Rows = [("flipped", "seeds", "accuracy", "lowest", "highest", "bigrams")]
+    for noise in sorted({r["noise"] for r in runs}):
+        parts = [r["parts"]["all"] for r in runs if r["noise"] == noise]
+        seeds = " ".join(str(s) for s in sorted(r["seed"] for r in runs if r["noise"] == noise))
+        accuracy = [p["accuracy"] for p in parts]
+        bigrams = f"{mean['bigrams']:.3f}" if "bigrams" in (mean := means(parts)) else ""
+        found.append((f"{noise:.0%}", seeds, *(f"{f(accuracy):.3f}" for f in (statistics.mean, min, max)), bigrams))
+    return found
+
+
+def means(parts: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: statistics.mean(p[key] for p in parts) for key in MEANS if all(key in p for p in parts)}
 
 
 def cells(part: dict[str, Any]) -> list[str]:

@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "results"
 FORMAT = 1
 
 Run = dict[str, Any]
+#: A header and its rows, as the page of figures has them.
+Rows = list[Sequence[str]]
 #: Case -> medians of its figures.
 Medians = dict[tuple[Any, ...], dict[str, float]]
 
@@ -111,3 +113,12 @@ class Report:
             cells = (form.format(row[name]) if name in row else "–" for name in self.figures)
             table.add_row(*map(str, case), *cells)
         Console().print(table)
+
+
+def print_rows(rows: Rows, title: str = "") -> None:
+    """A table of the page on the terminal."""
+    header, *cells = rows
+    table = Table(*header, title=title)
+    for row in cells:
+        table.add_row(*row)
+    Console(width=150).print(table)

@@ -172,7 +172,12 @@ def test_figures_of_each_half(preference_model: Any, tmp_path: Path, monkeypatch
         assert beside["to_bigrams"] == pytest.approx(right[rows].mean() - (bag[rows] > 0).mean())
         low, high = beside["to_bigrams_interval"]
         assert low < beside["to_bigrams"] < high
-    preference_model.show([bare, {**bare, "seed": 1}])
+    clean, both = bare | {"noise": 0.0, "seed": 1}, bare["parts"]["all"]["accuracy"]
+    header, *rows = preference_model.rows([bare, clean, clean | {"seed": 0}])
+    assert [row[:2] for row in rows[:3]] == [("all", "0"), ("all", "1"), ("all", "mean")], "without wrong labels"
+    assert rows[2][2] == f"{both:.3f}"
+    assert {len(row) for row in rows} == {len(header)}
+    assert preference_model.rows_noise([bare, clean])[2] == ("30%", "0", *[f"{both:.3f}"] * 3, "")
 
 
 def test_the_bag_of_bigrams_reads_order(preference_model: Any) -> None:
@@ -188,7 +193,7 @@ def test_the_bag_of_bigrams_reads_order(preference_model: Any) -> None:
 
 
 def test_over_optimisation_is_plotted_by_proxy_as_means_over_seeds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from benchmarks import overoptimization
@@ -206,8 +211,11 @@ def test_over_optimisation_is_plotted_by_proxy_as_means_over_seeds(
     assert text.index("proxy of 24,000 comparisons") < text.index("proxy of 1,000 comparisons")
     assert "PPO, √KL 3: 0.3" in text
     assert len(list(drawing.iter("{http://www.w3.org/2000/svg}path"))) == 3
-    overoptimization.show(runs)
-    assert "ppo, proxy of 1,000 comparisons, 2 seeds" in capsys.readouterr().out
+    _, rich, poor, ppo = overoptimization.rows(runs)
+    assert rich[:2] == ("24,000", "best-of-n")
+    assert (poor[5], ppo[5]) == ("n = 3", "step 2")
+    assert ppo[:5] == ("1,000", "ppo", "2", "0.500", "0.700")
+    assert ppo[8:] == ("0.300", "9.00", "3.00"), "the end: the mean of 0.2 and 0.4"
 
 
 def test_startup_names_what_came_before_the_first_responses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -330,3 +338,17 @@ def test_plots_of_a_run_are_drawn_with_note_and_legend(monkeypatch: pytest.Monke
     assert "test_pm turns" in text
     assert "test_pm, √KL 1: 2" in text  # one point up, in standard deviations of 0.5
     assert "var(" not in (tmp_path / "figures" / written[1]).read_text()
+
+
+def test_rounds_are_shown_as_means_over_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from benchmarks import iterated
+
+    def record(rounds: int, seed: int, gold: list[float]) -> dict[str, Any]:
+        figures = {"gold_score": gold, "kl": gold, "accuracy": gold}
+        return {"rounds": rounds, "seed": seed, "before": 0.4, **figures}
+
+    runs = [record(2, 1, [0.6, 0.9]), record(2, 0, [0.5, 0.8]), record(1, 0, [0.7])]
+    _, one, two = iterated.rows(runs)
+    assert one[:4] == ("1", "0.400", "0.700", "0.700")
+    assert two[:4] == ("2", "0.400", "0.800 0.900", "0.550 0.850")
