@@ -378,7 +378,7 @@ class LearnerWorker(Worker):
             source,
             client,
             rank=self.rank,
-            address=self.address(),
+            host=ray.util.get_node_ip_address(),
             world_size=client.world_size,
             buffer_bytes=group_bytes,
         )

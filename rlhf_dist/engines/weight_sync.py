@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -262,7 +263,7 @@ def open_trainer(
     client: VLLMWeightSyncClient,
     *,
     rank: int,
-    address: tuple[str, int],
+    host: str,
     world_size: int,
     buffer_bytes: int,
 ) -> TrainerWeightTransferEngine:
@@ -271,23 +272,22 @@ def open_trainer(
     Args:
         client: drives the generators; used by rank 0.
         rank: of the learner; rank 0 sends.
-        address: host and free port of rank 0.
+        host: address of this rank, on which rank 0 meets the generators.
         world_size: 1 (the sender) and the tensor-parallel workers of all generators.
         buffer_bytes: tensors travel packed in buffers of this size, or of the largest tensor's.
     """
     largest = max(math.prod(m.shape) * m.dtype.itemsize for m in source.metadata())
-    info = trainer_init_info(transport, rank, address, world_size, max(buffer_bytes, largest))
+    info = trainer_init_info(transport, rank, host, world_size, max(buffer_bytes, largest))
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
-def trainer_init_info(
-    transport: str, rank: int, address: tuple[str, int], world_size: int, buffer_bytes: int
-) -> TrainerInitInfo:
+def trainer_init_info(transport: str, rank: int, host: str, world_size: int, buffer_bytes: int) -> TrainerInitInfo:
     """What vLLM's trainer engines want to know, by transport."""
     if transport == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        host, port = address
+        with socket.create_server((host, 0)) as free:  # vLLM listens there itself, so the port must be closed again
+            port = free.getsockname()[1]
         return NCCLTrainerInitInfo(
             rank=rank,
             master_address=host,

@@ -73,14 +73,16 @@ def test_the_client_is_one_for_vllm_and_gives_every_worker_a_rank_of_its_own(rec
 
 
 def test_what_vllm_wants_to_know_is_what_we_tell_it() -> None:
+    from vllm.distributed.utils import StatelessProcessGroup
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     from rlhf_dist.engines.weight_sync import trainer_init_info
 
-    nccl: Any = trainer_init_info("nccl", 1, ("host", 7), 5, 1000)
+    nccl: Any = trainer_init_info("nccl", 1, "127.0.0.1", 5, 1000)
     assert (nccl.backend, nccl.rank, nccl.is_sender, nccl.packed) == ("nccl", 1, False, True)
-    assert (nccl.master_address, nccl.master_port, nccl.world_size) == ("host", 7, 5)
-    ipc: Any = trainer_init_info("ipc", 0, ("host", 7), 5, 1000)
+    assert (nccl.master_address, nccl.world_size) == ("127.0.0.1", 5)
+    StatelessProcessGroup.create(nccl.master_address, nccl.master_port, 0, 1, store_timeout=10)  # vLLM can listen there
+    ipc: Any = trainer_init_info("ipc", 0, "127.0.0.1", 5, 1000)
     assert (ipc.backend, ipc.rank, ipc.is_sender, ipc.packed) == ("ipc", 0, True, True)
     assert nccl.packed_buffer_size_bytes == ipc.packed_buffer_size_bytes == 1000
     assert {nccl.backend, ipc.backend} <= WeightTransferTrainerFactory._registry.keys()
