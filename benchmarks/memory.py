@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.asynchrony import GRPO, MODEL, random_policy
 from benchmarks.machine import describe
+from benchmarks.results import Rows, print_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -68,13 +67,26 @@ PPO = [
     *GRPO,
 ]
 GROUPS = "rollout.n_samples_per_prompt=4"
-#: Name -> the model (hidden size, layers) and the options.
-CONFIGS: dict[str, tuple[tuple[int, int], list[str]]] = {
-    "sft_zero2": ((768, 8), [*SUPERVISED, "sft.learner={ranks: 1, zero_stage: 2}"]),
-    "sft_zero2_bfloat16": ((768, 8), [*SUPERVISED, "model.dtype=bfloat16", "sft.learner={ranks: 2, zero_stage: 2}"]),
-    "sft_zero3": ((768, 8), [*SUPERVISED, "sft.learner={ranks: 2, zero_stage: 3}"]),
-    "grpo": ((768, 8), [*PPO, GROUPS, "algo={advantage_estimator: grpo, kl_coef: 0.05}"]),
-    "ppo_bfloat16": ((640, 8), [*PPO, GROUPS, "model.dtype=bfloat16", "rollout.max_staleness=1"]),
+LARGE, SMALLER = (768, 8), (640, 8)
+#: Name -> the model (hidden size, layers), the options, and the name in the table.
+CONFIGS: dict[str, tuple[tuple[int, int], list[str], str]] = {
+    "sft_zero2": (LARGE, [*SUPERVISED, "sft.learner={ranks: 1, zero_stage: 2}"], "SFT, float32, ZeRO-2"),
+    "sft_zero2_bfloat16": (
+        LARGE,
+        [*SUPERVISED, "model.dtype=bfloat16", "sft.learner={ranks: 2, zero_stage: 2}"],
+        "SFT, bfloat16, ZeRO-2, two ranks",
+    ),
+    "sft_zero3": (LARGE, [*SUPERVISED, "sft.learner={ranks: 2, zero_stage: 3}"], "SFT, float32, ZeRO-3, two ranks"),
+    "grpo": (
+        LARGE,
+        [*PPO, GROUPS, "algo={advantage_estimator: grpo, kl_coef: 0.05}"],
+        "GRPO, float32, ZeRO-1",
+    ),
+    "ppo_bfloat16": (
+        SMALLER,
+        [*PPO, GROUPS, "model.dtype=bfloat16", "rollout.max_staleness=1"],
+        "PPO, bfloat16, ZeRO-1, S = 1",
+    ),
 }
 
 
@@ -82,14 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"configs": {}}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
     results["machine"] = describe()
     for name in args.only:
-        size, options = CONFIGS[name]
+        size, options, _ = CONFIGS[name]
         with tempfile.TemporaryDirectory() as folder:
-            results["configs"][name] = compare(Path(folder), size, options)
+            found = compare(Path(folder), size, options)
+        kept = [run for run in results["runs"] if run["config"] != name]
+        results["runs"] = kept + [{"config": name, "process": kind, **figures} for kind, figures in found.items()]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    show(results["configs"])
+    print_rows(rows(results["runs"]))
 
 
 def compare(folder: Path, size: tuple[int, int], options: list[str]) -> dict[str, dict[str, float]]:
@@ -149,7 +163,7 @@ def measure(folder: Path, options: list[str]) -> tuple[dict[str, float], dict[st
 
 
 def sample(peaks: dict[str, float], held: dict[str, list[float]], done: threading.Event) -> None:
-    """Look at the actors of this machine's Ray until ``done``."""
+    """Look at the actors until ``done``."""
     newest: dict[tuple[str, int], float] = {}
     while not done.wait(PERIOD):
         for pid, kind in actors():
@@ -164,8 +178,11 @@ def sample(peaks: dict[str, float], held: dict[str, list[float]], done: threadin
 
 def actors() -> list[tuple[int, str]]:
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
+    for process in psutil.Process().children(recursive=True):  # our own Ray's, whatever else runs on the machine
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:  # it has ended
+            continue
         if (match := re.match(r"ray::(\w+)", title)) and match[1] in KINDS:
             found.append((process.pid, KINDS[match[1]]))
     return found
@@ -200,13 +217,14 @@ def store_bytes() -> float:
     raise RuntimeError("Ray's node holds no file of an object store")
 
 
-def show(configs: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table("config", "process", "predicted GB", "measured GB", "ratio", "libraries GB")
-    for name, kinds in configs.items():
-        for kind, figures in kinds.items():
-            planned, found, base = (figures[key] / 1e9 for key in ("predicted", "measured", "base"))
-            table.add_row(name, kind, f"{planned:.2f}", f"{found:.2f}", f"{planned / found:.2f}", f"{base:.2f}")
-    Console().print(table)
+def rows(runs: list[dict[str, Any]]) -> Rows:
+    """One row for each process, in the order of the configs; GB."""
+    found: Rows = [("config", "process", "predicted, GB", "measured, GB", "ratio")]
+    for name, (_, _, title) in CONFIGS.items():
+        for run in (run for run in runs if run["config"] == name):
+            planned, measured = run["predicted"] / 1e9, run["measured"] / 1e9
+            found.append((title, run["process"], f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}"))
+    return found
 
 
 if __name__ == "__main__":

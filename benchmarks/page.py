@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import iterated, learning, overoptimization, preference_model
+from benchmarks import iterated, learning, memory, overoptimization, preference_model
 from benchmarks.results import FOLDER, Report, Rows, Run
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -29,6 +29,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Run]], Rows]]] = {
     "preference_model-noise": ("preference_model", preference_model.rows_noise),
     "overoptimization": ("overoptimization", overoptimization.rows),
     "iterated": ("iterated", iterated.rows),
+    "memory": ("memory", memory.rows),
 }
 
 

@@ -24,7 +24,7 @@ HELD = {
     (1, "bfloat16"): ((9.4, 0.0), (9.8, 7.6)),
     (2, "float32"): ((4.7, 1.2), (6.8, 7.0)),
     (2, "bfloat16"): ((4.3, 3.1), (5.2, 9.8)),
-    (3, "float32"): ((10.0, 0.0), (12.5, 9.0)),
+    (3, "float32"): ((6.0, 0.0), (12.5, 9.0)),
     (3, "bfloat16"): ((5.7, 3.6), (5.0, 16.0)),
 }
 #: DeepSpeed's defaults, in parameters: reduce_bucket_size, and stage3_max_live_parameters.
