@@ -46,8 +46,9 @@ from rlhf_dist.resuming import unfinished
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; a BaseException, so that nothing on the way takes it for an error and goes on."""
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM, or a limit after it. No other exception of a signal's handler leaves ``ray.get``: Ray 2.60 looks for
+    signals while it waits, catches KeyboardInterrupt to raise one of its own, and drops the rest."""
 
 
 class WaitingForPeople(Exception):
@@ -75,6 +76,7 @@ class Run:
         self.joined = False
         self.stop_requested: str | None = None
         """The signal that asks a run which can save to stop after its step."""
+        self._stopped_by = "Ctrl-C"
         self._can_save = False
         self._diagnosed = False
         self.samples: list[dict[str, Any]] = []
@@ -147,6 +149,7 @@ class Run:
     def _terminated(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
         if not self._can_save or self.stop_requested:
+            self._stopped_by = name
             raise Interrupted(name)
         self.stop_requested = name
         self.terminal.warn(f"{name}: saving after this step, within {self.cfg.run.term_limit:g} s (run.term_limit)")
@@ -229,9 +232,9 @@ class Run:
 
     def _explain(self, error: BaseException) -> bool:
         """Exit code, status and message for what ended the run."""
-        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        if isinstance(error, KeyboardInterrupt):
             self.exit_code = 130
-            self.summary.finish("interrupted", str(error) or "Ctrl-C")
+            self.summary.finish("interrupted", str(error) or self._stopped_by)
             self.terminal.warn("interrupted: stopping all processes")
             self.terminal.info(f"the same command with run.name={self.folder.name} goes on from here")
             return True

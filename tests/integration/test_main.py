@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import time
@@ -171,6 +172,23 @@ def test_a_signal_leaves_a_finished_summary_and_no_process(
     assert 1 <= job.summary["steps"] < 1000
     assert (job.folder / "report.html").exists()
     json.loads((job.folder / "trace.json").read_text())
+    job.assert_nothing_left()
+
+
+@pytest.mark.parametrize("target", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
+def test_a_signal_while_the_driver_waits(
+    target: Callable[[int, int], None], start: Callable[..., Job], config: str
+) -> None:
+    """As nearly always: it is in ``ray.get``. ``timeout`` and batch systems signal the whole group, Ray included."""
+    job = start("--config", config, "recipe=sft", "sft.epochs=100000", "data.world.demonstrations=64")
+    while not job.metrics("sft"):
+        assert job.process.poll() is None, job.wait().output
+        time.sleep(0.5)
+    target(job.process.pid, signal.SIGTERM)
+    job.wait(60)
+    assert job.code == 130, job.output
+    assert job.summary["status"] == "interrupted"
+    assert job.summary["error"] == "SIGTERM"
     job.assert_nothing_left()
 
 
