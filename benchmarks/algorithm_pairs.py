@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms
 from rlhf_dist.algorithms.advantages import whiten
 from rlhf_dist.algorithms.kl import token_rewards
 from rlhf_dist.algorithms.losses import aggregate
+from rlhf_dist.algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms
 
 GROUP = 8
 GAMMA, LAMBDA = 0.99, 0.95

@@ -82,8 +82,8 @@ def serve(cfg: Config) -> None:
     from vllm import LLM, SamplingParams
 
     from rlhf_dist.actors.generator import sample_seed
-    from rlhf_dist.data.batching import Ragged
     from rlhf_dist.data.load import load_prompts
+    from rlhf_dist.data.ragged import Ragged
     from rlhf_dist.data.tokenization import load_tokenizer
 
     assert cfg.model.path is not None

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, RewardTerms, advantages, kl, losses
+from rlhf_dist.algorithms import advantages, kl, losses
 from rlhf_dist.algorithms.logprobs import token_logprobs
+from rlhf_dist.algorithms.registry import ADVANTAGE_ESTIMATORS, RewardTerms
 
 V = 5
 

@@ -214,7 +214,7 @@ class Batch:
     @classmethod
     def random(cls, settings: Settings, sigma: float, rng: np.random.Generator) -> Batch:
         """The columns that learners read of the experience, with old log-probabilities near those of a random model."""
-        from rlhf_dist.data.batching import Ragged
+        from rlhf_dist.data.ragged import Ragged
 
         s = settings
         rows = s.rows * s.optimizer_steps

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_dist import algorithms
 from rlhf_dist.algorithms.losses import ppo_policy_loss
+from rlhf_dist.algorithms.registry import PolicyTerms
 
 #: Advantages at which :func:`sharp_loss` has no slope, and at which it is infinite.
 EDGE, CLIFF = 7.0, 8.0
 
 
-def sharp_loss(terms: algorithms.PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
+def sharp_loss(terms: PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss, but the gradient is NaN where the advantage is ``EDGE``, and the loss alone infinite at ``CLIFF``."""
     loss, parts = ppo_policy_loss(
         terms.logprobs,

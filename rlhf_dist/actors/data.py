@@ -28,7 +28,6 @@ def load_table(kind: str, *args: Any) -> tuple[ObjectRef, dict[str, Any]]:
 
 @ray.remote(num_cpus=0)
 def _prepare(cfg: Config, folder: str) -> dict[str, Any]:
-    from rlhf_dist import models
     from rlhf_dist.data.load import make_tokenizer
 
     tokenizer_dir = str(Path(folder) / "tokenizer")
@@ -36,6 +35,8 @@ def _prepare(cfg: Config, folder: str) -> dict[str, Any]:
     report["tokenizer_dir"] = tokenizer_dir
     report["model_path"] = cfg.initial_model
     if cfg.initial_model is None:
+        from rlhf_dist import models  # imports torch
+
         special = {k: report[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = models.build_policy(cfg.model.architecture, report["vocab_size"], special, cfg.seed)
         report["model_path"] = str(Path(folder) / "initial_model")

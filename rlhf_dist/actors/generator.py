@@ -21,7 +21,7 @@ from rlhf_dist.actors.group import WATCH, Worker
 from rlhf_dist.actors.outbox import Outbox
 from rlhf_dist.actors.rollouts import ChunkInfo
 from rlhf_dist.config import Config
-from rlhf_dist.data.batching import Ragged
+from rlhf_dist.data.ragged import Ragged
 from rlhf_dist.engines.results import Sample, SyncRecord
 
 if TYPE_CHECKING:

@@ -52,8 +52,9 @@ class LearnerGroup:
 
     def start(self) -> LearnerGroup:
         """Begin to load; returns at once. :meth:`wait_ready` waits."""
-        address, port = wait_for(self.ranks[0].address.remote(), f"start of {self.role}", self.seconds)
-        self._setup = [r.setup.remote(address, port) for r in self.ranks]
+        # Waited for by the ranks, not here: other groups can start meanwhile.
+        host_and_port: list[ObjectRef] = self.ranks[0].address.remote()
+        self._setup = [r.setup.remote(*host_and_port) for r in self.ranks]
         return self
 
     def wait_ready(self) -> list[dict[str, Any]]:

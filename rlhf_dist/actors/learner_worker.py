@@ -42,6 +42,7 @@ class LearnerWorker(Worker):
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[checkpoint.Files] = Future()
 
+    @ray.method(num_returns=2)
     def address(self) -> tuple[str, int]:
         """Host and port where rank 0 gathers the group.
 
@@ -229,7 +230,7 @@ class LearnerWorker(Worker):
         """Of this rank's pairs ``row``, ``source``, ``difference`` (score of the chosen side less that of the rejected
         one), ``longer`` (by how many tokens the chosen side is longer) and ``preference``.
         """
-        from rlhf_dist.data.batching import Ragged
+        from rlhf_dist.data.ragged import Ragged
         from rlhf_dist.engines.objectives import PairwiseObjective
 
         rows: list[int] = []

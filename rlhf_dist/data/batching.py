@@ -19,44 +19,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-
-class Ragged(NamedTuple):
-    """A list column without a copy: row ``i`` is ``values[offsets[i]:offsets[i+1]]``."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __getitem__(self, row: int) -> np.ndarray:  # type: ignore[override]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def lengths_of(self, rows: np.ndarray) -> np.ndarray:
-        """Lengths of some rows, without a look at the others."""
-        return self.offsets[rows + 1] - self.offsets[rows]
-
-    @classmethod
-    def of(cls, table: pa.Table, column: str) -> Ragged:
-        chunks = table[column]
-        data = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()  # the latter always copies
-        return cls(data.values.to_numpy(zero_copy_only=True), data.offsets.to_numpy())
-
-    @staticmethod
-    def to_arrow(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
-        """Flat values and the length of each row to an Arrow list column."""
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=offsets[1:])
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
+from rlhf_dist.data.ragged import Ragged
 
 #: What a forward and backward pass costs whatever its size, as a part of one that is full: less padding is worth more
 #: passes only down to here. ``python -m benchmarks.learner`` measures what comes of it.

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from rlhf_dist import schema
 from rlhf_dist.data import labels
-from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.parquet import write
+from rlhf_dist.data.ragged import Ragged
 
 SAMPLES_FILE, ASKED_FILE, ANSWERS_FILE, COMPARISONS_FILE = (
     "samples.parquet",

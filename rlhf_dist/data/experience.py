@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from rlhf_dist import schema
 from rlhf_dist.config import AlgoConfig, RewardConfig
 from rlhf_dist.config.base import load_function
-from rlhf_dist.data.batching import Ragged
+from rlhf_dist.data.ragged import Ragged
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def estimate_advantages(
     """
     import torch
 
-    from rlhf_dist import algorithms
     from rlhf_dist.algorithms import advantages as adv
+    from rlhf_dist.algorithms import registry
     from rlhf_dist.algorithms.kl import kl_estimate, token_rewards
 
     if lacking := groups_without_reward(table):
@@ -137,7 +137,7 @@ def estimate_advantages(
 
     group_id = torch.from_numpy(table["group_id"].to_numpy().copy())
     rewards = token_rewards(shaped, kl, mask, 0.0 if algo.use_kl_loss else kl_coef)
-    terms = algorithms.RewardTerms(
+    terms = registry.RewardTerms(
         rewards=rewards,
         scores=shaped,
         mask=mask,
@@ -148,7 +148,7 @@ def estimate_advantages(
         gae_lambda=algo.gae_lambda,
     )
     name = algo.advantage_estimator
-    estimate = algorithms.ADVANTAGE_ESTIMATORS.get(name) or load_function(name)
+    estimate = registry.ADVANTAGE_ESTIMATORS.get(name) or load_function(name)
     advantages, returns = estimate(terms)
     if algo.whitens:
         advantages = adv.whiten(advantages, mask)

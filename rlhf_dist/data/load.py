@@ -28,10 +28,10 @@ import pyarrow as pa
 
 from rlhf_dist.config import COMPARISON_FORMATS, Config, DistillConfig
 from rlhf_dist.data import compare, formats, labels, tokenization, world
-from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.formats import Example, Purpose
 from rlhf_dist.data.preferences import flip_labels
 from rlhf_dist.data.prompts import some_rows
+from rlhf_dist.data.ragged import Ragged
 from rlhf_dist.data.readers import RowErrors, read_rows
 
 Split = Literal["train", "test"]

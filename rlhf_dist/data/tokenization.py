@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_dist import schema
 from rlhf_dist.data import labels
@@ -34,7 +34,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ValueError: it cannot be loaded, or has no EOS token, without which no response ends.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model.tokenizer: cannot load a tokenizer from {name}: {reason}") from None
@@ -43,6 +43,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_class(name: str) -> Any:
+    """The class that a folder names, where that is the general one; else ``AutoTokenizer``, to find out.
+
+    To import ``AutoTokenizer`` of transformers 5 takes 5 CPU seconds, torch and the code of generation among it, which
+    a run would pay in every process that has a tokenizer.
+    """
+    try:
+        about = json.loads((Path(name) / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        about = {}
+    if about.get("tokenizer_class") == PreTrainedTokenizerFast.__name__ and "auto_map" not in about:
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

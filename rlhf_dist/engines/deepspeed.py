@@ -144,6 +144,9 @@ class LearnerEngine:
         self.universal = universal
         config = ds_config(learner, optim, dtype, universal)
         parameters = [p for p in module.parameters() if p.requires_grad] if optim else None
+        # Whatever the optimizer, DeepSpeed 0.19 declares Muon's kernels to torch.compile, which for its default backend
+        # imports the whole of Inductor: two CPU seconds. A learner compiles nothing.
+        torch.compiler.set_default_backend("eager")
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
         self.device = self.engine.device
         self._frozen = any(not p.requires_grad for p in module.parameters())

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rlhf_dist import algorithms
+from rlhf_dist.algorithms import registry
 from rlhf_dist.algorithms.kl import k3_clamped, kl_estimate
 from rlhf_dist.algorithms.losses import aggregate, value_loss
 from rlhf_dist.algorithms.masking import masked
@@ -29,7 +29,6 @@ from rlhf_dist.config import CORRECTION_BOUNDS, AlgoConfig, DPOConfig
 from rlhf_dist.config.base import load_function
 from rlhf_dist.data.batching import (
     Batch,
-    Ragged,
     collate,
     collate_pairs,
     collate_rankings,
@@ -37,6 +36,7 @@ from rlhf_dist.data.batching import (
     ranking_lengths,
     sequence_lengths,
 )
+from rlhf_dist.data.ragged import Ragged
 
 Metrics = dict[str, Tensor]
 
@@ -130,8 +130,8 @@ class PolicyObjective(_Sequences):
     def __init__(self, algo: AlgoConfig, max_response_length: int) -> None:
         self.algo = algo
         self.max_response_length = max_response_length
-        self.policy_loss = algorithms.POLICY_LOSSES.get(algo.policy_loss) or load_function(algo.policy_loss)
-        self.correction = algorithms.CORRECTIONS.get(algo.rollout_correction)
+        self.policy_loss = registry.POLICY_LOSSES.get(algo.policy_loss) or load_function(algo.policy_loss)
+        self.correction = registry.CORRECTIONS.get(algo.rollout_correction)
         self.bounds = algo.correction_bounds or CORRECTION_BOUNDS.get(algo.rollout_correction, (0.0, 0.0))
 
     def loss(self, module: Callable, batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
@@ -141,7 +141,7 @@ class PolicyObjective(_Sequences):
         columns = {name: batch.by_row(x) for name, x in batch.columns.items()}
         old, rollout = columns["old_logprobs"], columns["rollout_logprobs"]
         per_token, parts = self.policy_loss(
-            algorithms.PolicyTerms(
+            registry.PolicyTerms(
                 logprobs=logprobs,
                 old_logprobs=old,
                 rollout_logprobs=rollout,

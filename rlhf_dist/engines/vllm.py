@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # Thread counts come from OMP_NUM_THREADS (see actors.group); vLLM's binding asks for one NUMA node per worker.
@@ -93,6 +94,9 @@ class GeneratorEngine:
         max_logprobs: int = 20,
     ) -> None:
         weight_sync.register()
+        if generator.enforce_eager:
+            # vLLM compiles the rank of a sampled token even then: seconds before the first token, on a CPU.
+            torch.compiler.set_stance("force_eager")
         # The coarser of the two types decides.
         self.precision = "bfloat16" if "bfloat16" in (model.dtype, sync.wire_dtype) else "float32"
         self.tolerance = sync.canary_tolerance or TOLERANCE[self.precision]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rlhf_dist.data.batching import Ragged
+from rlhf_dist.data.ragged import Ragged
 from rlhf_dist.evaluation.best_of_n import best_weights, kl_bound
 
 #: Samples that are kept for reading.

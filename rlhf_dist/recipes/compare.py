@@ -43,9 +43,9 @@ def sample(run: Run, model_path: str) -> None:
     """Responses of the policy to training prompts, other ones in every round, into the folder of the result."""
     cfg = run.cfg.compare
     generators = groups.generators(run, model_path, from_learner=False)
-    run.start(generator=generators)
     prompts, report = load_table("prompts", run.cfg, run.tokenizer_dir, "train")
     run.note_rows("prompts", report)
+    run.start(generator=generators)
     rows = run.prompt_order(report["rows"]).take(min(cfg.prompts, report["rows"]))
     # Group ids make seeds: those of training and of evaluations are other ones.
     ids = [((2 + run.stage.round) * FIRST_GROUP + i, row) for i, row in enumerate(rows)]

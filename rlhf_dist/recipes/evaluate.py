@@ -111,8 +111,8 @@ def compare(run: Run, policies: dict[str, str]) -> None:
         metrics = groups.evaluation_metrics(run, None)
         reward = None if run.cfg.trains_reward else groups.reward(run, None)
         reference = groups.reference(run, first) if len(policies) > 1 else None
-        run.start(generator=generators, experience=experience, reward=reward, reference=reference, metrics=metrics)
         evaluator = Evaluator(run, generators, experience, reward, reference, metrics)
+        run.start(generator=generators, experience=experience, reward=reward, reference=reference, metrics=metrics)
         with run.terminal.stage(f"evaluating {name}", 1) as bar:
             results[name] = evaluator(name, 0)
             bar.update(1, {k: v for k, v in results[name]["metrics"].items() if k in results[name]["std"]})

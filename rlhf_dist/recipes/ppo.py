@@ -30,7 +30,7 @@ from rlhf_dist.actors.scorer import ReferenceGroup, ScorerGroup, ShardedReferenc
 from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.stream import RolloutStream
 from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, wait_for
-from rlhf_dist.algorithms.kl import kl_controller
+from rlhf_dist.algorithms.kl_control import kl_controller
 from rlhf_dist.data.experience import ScoreScale
 from rlhf_dist.data.prompts import minibatches
 from rlhf_dist.data.trained import TrainedLedger, TrainedStep
@@ -50,10 +50,10 @@ class Workers:
     reward: ScorerGroup | ShardedReward
     reference: ReferenceGroup | ShardedReference | None
     experience: ExperienceGroup
-    metrics: ScorerGroup | None
     prompts: ObjectRef
     """``schema.PROMPT``."""
     prompt_rows: int
+    evaluate: Evaluator
     pretrain: PretrainText | None
 
 
@@ -100,6 +100,10 @@ def start_workers(
     reference = groups.reference(run, reference_path) if cfg.uses_reference else None
     experience = groups.experience(run)
     metrics = groups.evaluation_metrics(run, reward_model_path)
+    # Data are read while the processes start.
+    prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
+    run.note_rows("prompts", report)
+    evaluate = Evaluator(run, generators, experience, reward, reference, metrics)
     pretrain = PretrainText(run) if cfg.algo.ptx_coef else None
     run.start(
         generator=generators,
@@ -110,9 +114,7 @@ def start_workers(
         experience=experience,
         metrics=metrics,
     )
-    prompts, report = load_table("prompts", cfg, run.tokenizer_dir, "train")
-    run.note_rows("prompts", report)
-    return Workers(generators, reward, reference, experience, metrics, prompts, report["rows"], pretrain)
+    return Workers(generators, reward, reference, experience, prompts, report["rows"], evaluate, pretrain)
 
 
 def train(
@@ -126,7 +128,7 @@ def train(
     cfg, label = run.cfg, run.stage.label
     first = "sft" if label == "ppo" else f"{label} start"
     generators, reward, reference = workers.generators, workers.reward, workers.reference
-    experience, pretrain = workers.experience, workers.pretrain
+    experience, evaluate, pretrain = workers.experience, workers.evaluate, workers.pretrain
     ledger = TrainedLedger(run.beside("ledger.jsonl"))
     stream = RolloutStream(
         generators,
@@ -144,7 +146,6 @@ def train(
     ref = reference.logprobs(stream) if reference else None
     log_syncs(run, stream.publish(policy.weights(stream.version)))
     run.faults.works_again()
-    evaluate = Evaluator(run, generators, experience, reward, reference, workers.metrics)
     before = state.before or evaluate(first, step=0)
     history = History(run, before, state.history)
     scale = initial_scale(before) if cfg.reward.normalize else ScoreScale()

@@ -27,9 +27,9 @@ from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.waiting import wait_for
 from rlhf_dist.config import Config
 from rlhf_dist.config_io import load
-from rlhf_dist.data.batching import Ragged
 from rlhf_dist.data.experience import ScoreScale, estimate_advantages, join
 from rlhf_dist.data.prompts import PromptOrder, minibatches
+from rlhf_dist.data.ragged import Ragged
 from rlhf_dist.data.tokenization import load_tokenizer
 
 STEPS = 3

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.bias import V, World, estimator_rows, kl_rows, table
-from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms, advantages, kl, losses
+from rlhf_dist.algorithms import advantages, kl, losses
 from rlhf_dist.algorithms.logprobs import entropy_from_logits, token_logprobs
+from rlhf_dist.algorithms.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, PolicyTerms, RewardTerms
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_dist.algorithms import POLICY_LOSSES, PolicyTerms, advantages, kl, losses, preferences, supervised
+from rlhf_dist.algorithms import advantages, kl, losses, preferences, supervised
+from rlhf_dist.algorithms.registry import POLICY_LOSSES, PolicyTerms
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 

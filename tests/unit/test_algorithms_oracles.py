@@ -10,7 +10,8 @@ import pytest
 import torch
 from algorithm_batches import CASES, Row, assert_loss, assert_rows, clamp, make_batch, rows_of, zip_row
 
-from rlhf_dist.algorithms import ADVANTAGE_ESTIMATORS, RewardTerms, advantages, kl
+from rlhf_dist.algorithms import advantages, kl, kl_control
+from rlhf_dist.algorithms.registry import ADVANTAGE_ESTIMATORS, RewardTerms
 
 
 @pytest.fixture(params=CASES)
@@ -253,7 +254,7 @@ def test_token_rewards(batch: SimpleNamespace) -> None:
 
 
 def test_kl_controllers() -> None:
-    fixed, adaptive = kl.FixedKLController(0.1), kl.AdaptiveKLController(0.1, target=6, horizon=100)
+    fixed, adaptive = kl_control.FixedKLController(0.1), kl_control.AdaptiveKLController(0.1, target=6, horizon=100)
     fixed.update(60, 50)
     assert fixed.value == 0.1
     adaptive.update(6.6, 50)
@@ -262,13 +263,13 @@ def test_kl_controllers() -> None:
     assert adaptive.value == pytest.approx(0.105 * 1.1)
     adaptive.update(-1, 10_000)
     assert adaptive.value == pytest.approx(0.1155 * 0.8)
-    restored = kl.AdaptiveKLController(0.1, target=6, horizon=100)
+    restored = kl_control.AdaptiveKLController(0.1, target=6, horizon=100)
     restored.load_state_dict(adaptive.state_dict())
     assert restored.value == adaptive.value
     for action in (
         lambda: adaptive.update(math.nan, 1),
-        lambda: kl.AdaptiveKLController(0.1, target=0, horizon=1),
-        lambda: kl.FixedKLController(-1),
+        lambda: kl_control.AdaptiveKLController(0.1, target=0, horizon=1),
+        lambda: kl_control.FixedKLController(-1),
     ):
         with pytest.raises(ValueError):
             action()

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tiny import comparisons, experience, rankings, rollouts, tiny_llama
 
 from rlhf_dist.data.batching import (
-    Ragged,
     collate,
     collate_pairs,
     collate_rankings,
@@ -24,6 +23,7 @@ from rlhf_dist.data.batching import (
     ranking_lengths,
     sequence_lengths,
 )
+from rlhf_dist.data.ragged import Ragged
 from rlhf_dist.models import PolicyModule, ScalarModule
 
 shapes = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=8)

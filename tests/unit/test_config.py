@@ -65,11 +65,11 @@ def test_every_algorithm_has_a_config() -> None:
 
 
 def test_names_of_the_config_are_those_of_the_tables() -> None:
-    from rlhf_dist import algorithms
+    from rlhf_dist.algorithms import registry
 
-    assert set(ADVANTAGE_ESTIMATORS) == set(algorithms.ADVANTAGE_ESTIMATORS)
-    assert set(POLICY_LOSSES) == set(algorithms.POLICY_LOSSES)
-    assert set(CORRECTION_BOUNDS) == set(algorithms.CORRECTIONS)
+    assert set(ADVANTAGE_ESTIMATORS) == set(registry.ADVANTAGE_ESTIMATORS)
+    assert set(POLICY_LOSSES) == set(registry.POLICY_LOSSES)
+    assert set(CORRECTION_BOUNDS) == set(registry.CORRECTIONS)
 
 
 def test_the_correction_is_on_where_sampler_and_learner_can_differ() -> None:

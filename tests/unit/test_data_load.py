@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -62,6 +63,25 @@ def world_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("world"))
     load.make_tokenizer(config(), folder)
     return folder
+
+
+def test_a_folder_that_names_the_general_class_is_read_as_autotokenizer_reads_it(hh: tuple[Config, str]) -> None:
+    ours, theirs = tokenization.load_tokenizer(hh[1]), AutoTokenizer.from_pretrained(hh[1])
+    assert type(ours) is type(theirs)
+    assert (ours.get_vocab(), ours.special_tokens_map) == (theirs.get_vocab(), theirs.special_tokens_map)
+    text = "\n\nHuman: Größe? 你好 <eos>\n\nAssistant:"
+    assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_driver_and_data_know_no_torch(world_tokenizer: str) -> None:
+    """It costs every process that imports it one to two CPU seconds at its start, and the driver has no tensors."""
+    code = (
+        "import sys, rlhf_dist.run, rlhf_dist.recipes.pipeline, rlhf_dist.data.load\n"
+        "from rlhf_dist.data.tokenization import load_tokenizer\n"
+        f"load_tokenizer({world_tokenizer!r})\n"
+        "print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_hh_tables_say_what_the_rows_say(hh: tuple[Config, str]) -> None:
