@@ -48,7 +48,7 @@ class Experience(Worker):
         rollout_dir: str | None,
     ) -> None:
         super().__init__("experience")
-        with self.trace.span(self.name, "import"):
+        with self.importing():
             from rlhf_dist.data.tokenization import load_tokenizer
 
         self.algo = algo

@@ -238,7 +238,7 @@ class Generator(Worker):
         self, model_path: str, stop_token_ids: list[int], from_learner: bool, context: int
     ) -> GeneratorEngine:
         cfg = self.cfg
-        with self.trace.span(self.name, "import"):
+        with self.importing():
             from rlhf_dist.engines.vllm import GeneratorEngine
 
         with self.trace.span(self.name, "start"):

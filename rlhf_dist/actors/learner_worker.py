@@ -55,8 +55,9 @@ class LearnerWorker(Worker):
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the group and load the model; returns pid, number of parameters and vocabulary."""
-        with self.trace.span(self.name, "import"):
-            from rlhf_dist.engines import deepspeed, objectives  # noqa: F401  (nearly all that loading imports)
+        with self.importing():
+            from rlhf_dist import adapters, models  # noqa: F401
+            from rlhf_dist.engines import deepspeed, objectives  # noqa: F401
         with self.trace.span(self.name, "start"):
             return self._load(address, port)
 

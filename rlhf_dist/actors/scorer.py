@@ -26,7 +26,7 @@ class Reference(Worker):
 
     def __init__(self, model_path: str, model: ModelConfig, temperature: float, max_tokens: int, pad_id: int) -> None:
         super().__init__("reference")
-        with self.trace.span(self.name, "import"):
+        with self.importing():
             from rlhf_dist import models
 
         with self.trace.span(self.name, "start"):
@@ -58,8 +58,11 @@ class Scorer(Worker):
         pad_id: int,
     ) -> None:
         super().__init__(role)
-        with self.trace.span(self.name, "import"):
+        with self.importing():
             from rlhf_dist.data.tokenization import load_tokenizer
+
+            if any(component.model for component in components):
+                from rlhf_dist import models  # noqa: F401
 
         self.components = list(components)
         self.given_up: list[GivenUp] = []

@@ -5,6 +5,9 @@ That it arrives there is in ``tests/integration/test_learners.py``, with a real 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from rlhf_dist.actors import group
@@ -34,3 +37,20 @@ def test_every_process_has_its_own_log(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bundles_hold_what_is_asked_for() -> None:
     assert Resources(0.5).bundle() == {"CPU": 0.5}
     assert Resources(1, 2, {"generator": 1}).bundle() == {"CPU": 1, "GPU": 2, "generator": 1}
+
+
+def test_no_search_for_garbage_while_a_process_imports_nor_in_what_it_imported() -> None:
+    """In a process of its own: what is frozen is not cleaned up at the end."""
+    code = """
+import gc
+from rlhf_dist.actors.group import Worker
+worker = Worker("policy 0")
+try:
+    with worker.importing():
+        assert not gc.isenabled()
+        raise ImportError
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 0, [span["name"] for span in worker.spans()])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "True True ['python', 'import']\n"
