@@ -346,9 +346,9 @@ def test_rounds_are_shown_as_means_over_the_seeds(monkeypatch: pytest.MonkeyPatc
 
     def record(rounds: int, seed: int, gold: list[float]) -> dict[str, Any]:
         figures = {"gold_score": gold, "kl": gold, "accuracy": gold}
-        return {"kl_coef": 0.01, "rounds": rounds, "seed": seed, "before": 0.4, **figures}
+        return {"pairs": 6000, "kl_coef": 0.01, "rounds": rounds, "seed": seed, "before": 0.4, **figures}
 
     runs = [record(2, 1, [0.6, 0.9]), record(2, 0, [0.5, 0.8]), record(1, 0, [0.7])]
     _, one, two = iterated.rows(runs)
-    assert one[:5] == ("0.01", "1", "0.400", "0: 0.700", "0.700")
-    assert two[:5] == ("0.01", "2", "0.400", "0: 0.800, 1: 0.900", "0.550 0.850")
+    assert one[:6] == ("6,000", "0.01", "1", "0.400", "0: 0.700", "0.700")
+    assert two[:6] == ("6,000", "0.01", "2", "0.400", "0: 0.800, 1: 0.900", "0.550 0.850")
