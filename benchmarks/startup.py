@@ -4,7 +4,7 @@
     python -m benchmarks.startup --policy SFT_FOLDER --reward-model REWARD_MODEL_FOLDER
 
 ``python -m rlhf_dist.main recipe=ppo`` with the models and processes of the embedded default. ``command`` is the time
-until the end of the first decoding, when the first responses are there; the parts come from the run's ``trace.json``:
+until the reward model gets the first chunk of responses; the parts come from the run's ``trace.json``:
 
 python      from the start of the process to the first line of ours: the interpreter, Ray, what the class imports
 connect     a Ray cluster of its own
@@ -30,6 +30,8 @@ from benchmarks.results import Report, Run
 from rlhf_dist.config_io import load
 
 GOAL = 25
+#: What a process does before its work.
+STARTING = ("python", "import", "start")
 REPORT = Report("startup", case=("process", "part"), figures=("begins", "seconds"))
 
 
@@ -75,7 +77,7 @@ def measure(folder: Path, options: Sequence[str], repetition: int) -> list[Run]:
 
 
 def parts(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, float, float]]:
-    """Process, part, begin and end: the whole, and all that ended before the first responses were there.
+    """Process, part, begin and end: the whole, and all that ended before the first responses were scored.
 
     A trace begins with its earliest span, which is the start of the driver's process.
     """
@@ -83,7 +85,7 @@ def parts(events: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, float, f
     spans = [
         (names[e["pid"]], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e.get("ph") == "X"
     ]
-    first = min(end for process, part, _, end in spans if process.startswith("generator") and part == "generate")
+    first = min(start for process, part, start, _ in spans if process == "reward" and part not in STARTING)
     yield "all", "command", 0.0, first
     yield from sorted((span for span in spans if span[3] <= first), key=lambda span: span[2])
 

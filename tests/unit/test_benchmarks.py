@@ -228,10 +228,12 @@ def test_startup_names_what_came_before_the_first_responses(monkeypatch: pytest.
     )
     span("driver", "python", 100.0, 101.0)
     span("generator 0", "start", 104.0, 109.0)
-    span("generator 0", "generate", 110.0, 112.0)
-    span("generator 0", "generate", 113.0, 114.0)
+    span("generator 0", "generate", 110.0, 114.0)
     span("policy 0", "python", 103.0, 105.0)
-    span("policy 0", "update", 111.0, 113.5)
+    span("reward", "start", 105.0, 106.0)
+    span("policy 0", "push_weights", 111.0, 111.5)
+    span("reward", "reward_model", 112.0, 113.0)
+    span("reward", "reward_model", 113.0, 114.0)
     trace.write(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert list(parts(events)) == [
@@ -239,7 +241,8 @@ def test_startup_names_what_came_before_the_first_responses(monkeypatch: pytest.
         ("driver", "python", 0.0, 1.0),
         ("policy 0", "python", 3.0, 5.0),
         ("generator 0", "start", 4.0, 9.0),
-        ("generator 0", "generate", 10.0, 12.0),
+        ("reward", "start", 5.0, 6.0),
+        ("policy 0", "push_weights", 11.0, 11.5),
     ]
 
 
