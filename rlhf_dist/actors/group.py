@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import functools
@@ -55,6 +56,7 @@ class Worker:
         finally:
             gc.freeze()
             gc.enable()
+            atexit.register(gc.unfreeze)  # nanobind calls what is left then a leak, on stderr
 
     def ready(self) -> int:
         """Answers once the constructor is through; returns the pid."""

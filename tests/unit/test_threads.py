@@ -40,7 +40,7 @@ def test_bundles_hold_what_is_asked_for() -> None:
 
 
 def test_no_search_for_garbage_while_a_process_imports_nor_in_what_it_imported() -> None:
-    """In a process of its own: what is frozen is not cleaned up at the end."""
+    """In a process of its own, with nothing else to freeze."""
     code = """
 import gc
 from rlhf_dist.actors.group import Worker
