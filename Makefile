@@ -37,7 +37,7 @@ setup: $(STAMP) ## Make .venv (GPU machine: make EXTRAS=gpu,dev setup)
 demo: $(STAMP) ## The embedded example: SFT, reward model and PPO on two cores (ARGS="train.steps=20" overrides)
 	@$(PY) -m rlhf_dist.main $(ARGS)
 
-test: $(STAMP) ## Unit and integration tests, about half an hour (ARGS goes to pytest)
+test: $(STAMP) ## Unit and integration tests, about 25 minutes (ARGS goes to pytest)
 	@$(PY) -m pytest -m "not slow and not gpu" $(wildcard tests/unit tests/integration) $(ARGS)
 
 test-all: $(STAMP) ## The slow ones too; all that need no GPU
