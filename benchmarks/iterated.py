@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
-from benchmarks.results import Rows, print_rows
+from benchmarks.results import Rows, keep, kept, print_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "iterated.json"
@@ -42,14 +41,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "iterated", help="where the runs go")
     parser.add_argument("--table", action="store_true", help="print the results and exit")
     args = parser.parse_args()
-    results: dict[str, Any] = (
-        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
-    )
+    results = kept(RESULTS)
     if not args.table:
         for case in itertools.product(args.pairs, args.kl_coef, args.seeds, args.rounds):
             if not any((r["pairs"], r["kl_coef"], r["seed"], r["rounds"]) == case for r in results["runs"]):
                 results["runs"].append(measure(*case, args.runs))
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                keep(RESULTS, results)
     print_rows(rows(results["runs"]))
 
 

@@ -22,8 +22,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.machine import describe
-from benchmarks.results import Rows, print_rows
+from benchmarks.results import Rows, keep, kept, print_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "algorithms"
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--stale", action="store_true", help="the runs with staleness instead")
     parser.add_argument("--table", action="store_true", help="print the results and exit")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
+    results = kept(RESULTS)
     if not args.table:
         files = ["ppo", *sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in LEFT_OUT)]
         names = list(STALE) if args.stale else args.only or files
@@ -59,8 +58,7 @@ def main() -> None:
             for name in names:
                 if not any((r["algorithm"], r["seed"]) == (name, seed) for r in results["runs"]):
                     results["runs"].append(measure(name, seed, args.runs))
-                    RESULTS.parent.mkdir(exist_ok=True)
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                    keep(RESULTS, results)
     print_rows(rows(results["runs"]))
     print_rows(rows_stale(results["runs"]), "with staleness")
 

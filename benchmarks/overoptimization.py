@@ -15,7 +15,6 @@ Source: Gao et al., 2210.10760.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -25,8 +24,7 @@ from typing import Any
 
 from benchmarks.drawing import drawing
 from benchmarks.learning import ROOT, execute, shared_checkpoints
-from benchmarks.machine import describe
-from benchmarks.results import Rows, print_rows
+from benchmarks.results import Rows, keep, kept, print_rows
 from rlhf_dist.evaluation.overoptimization import fit
 from rlhf_dist.observability.charts import chart
 from rlhf_dist.observability.metrics import read_metrics
@@ -52,7 +50,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "learning", help="where the runs go")
     parser.add_argument("--table", action="store_true", help="print the results and exit")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
+    results = kept(RESULTS)
     todo = [(m, c, s) for s in args.seeds for c in args.comparisons for m in ("best-of-n", "ppo")]
     for method, comparisons, seed in [] if args.table else todo:
         if any((r["method"], r["comparisons"], r["seed"]) == (method, comparisons, seed) for r in results["runs"]):
@@ -65,8 +63,7 @@ def main() -> None:
             record = best_of_n(seed, comparisons, sft, proxy, args.runs)
         wall = round(time.time() - started, 1)
         results["runs"].append({"method": method, "comparisons": comparisons, "seed": seed, **record, "seconds": wall})
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        keep(RESULTS, results)
     print_rows(rows(results["runs"]))
     RESULTS.with_suffix(".svg").write_text(plot(results["runs"]))
 

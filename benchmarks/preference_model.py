@@ -26,8 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.machine import describe
-from benchmarks.results import Rows, print_rows
+from benchmarks.results import Rows, keep, kept, print_rows
 from rlhf_dist.config_io import load
 from rlhf_dist.data.load import load_comparisons
 from rlhf_dist.data.tokenization import load_tokenizer
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "preference_model", help="where the runs go")
     parser.add_argument("--table", action="store_true", help="print the results and exit")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": describe(), "runs": []}
+    results = kept(RESULTS)
     if not args.table:
         if args.data is None:
             parser.error("FOLDER is missing: the data to train on")
@@ -63,8 +62,7 @@ def main() -> None:
                     continue
                 found = compare(trained(args.data.resolve(), seed, noise, args.runs.resolve()), seed, noise)
                 results["runs"] = [r for r in results["runs"] if r not in known] + [found]
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                keep(RESULTS, results)
     print_rows(rows(results["runs"]))
     print_rows(rows_noise(results["runs"]))
 

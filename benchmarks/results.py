@@ -30,6 +30,17 @@ Rows = list[Sequence[str]]
 Medians = dict[tuple[Any, ...], dict[str, float]]
 
 
+def kept(path: Path) -> dict[str, Any]:
+    """The ``machine`` and the ``runs`` so far of an experiment that takes hours. Each run is kept as it ends."""
+    return json.loads(path.read_text()) if path.exists() else {"machine": describe(), "runs": []}
+
+
+def keep(path: Path, results: Mapping[str, Any]) -> None:
+    """Write what :func:`kept` reads."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Report:
     """Where the runs of one benchmark go and how they are shown.
