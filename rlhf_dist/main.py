@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlhf_dist.dry_run import dry_run
 
         return dry_run(cfg, args.emit)
+    # Ray reads it when it is imported: nothing but ``Run`` starts a cluster, least of all a call after its end.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not cfg.cluster.joined:
         _listen_on_loopback()
     from rlhf_dist.recipes.pipeline import pipeline

@@ -79,6 +79,7 @@ class Run:
         self._stopped_by = "Ctrl-C"
         self._can_save = False
         self._diagnosed = False
+        self._ending = False
         self.samples: list[dict[str, Any]] = []
         self.faults = Faults(cfg.run.max_restarts, self.terminal.warn, self.path("faults.jsonl"))
         self.failed_batch: str | None = None
@@ -125,7 +126,9 @@ class Run:
         # A second signal must not stop the clean-up half-way.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
-        self.faults.closed = True
+        self._ending = True
+        for group in self._groups:
+            group.stop_calling()
         handled = error is None or self._explain(error)
         self.summary.set("steps", self.steps_done)
         # The files come first: when the whole process group was signalled, Ray is dying too, and may not answer.
@@ -333,7 +336,8 @@ class Run:
         def wait(name: str, group: Startable) -> None:
             try:
                 group.wait_ready()
-                group.guard(self.faults)
+                if not self._ending:
+                    group.guard(self.faults)
                 finished.put((name, None))
             except BaseException as error:  # noqa: BLE001  (raised below, in the thread of the run)
                 finished.put((name, error))

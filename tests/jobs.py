@@ -127,7 +127,7 @@ class Job:
         assert left == [], f"still there after {seconds:g} s: {left}"
 
     def assert_failed(self, code: int, message: str) -> None:
-        assert self.code == code, self.output
+        assert self.code == code, f"exit code {self.code}\n{self.output}"
         assert message in self.output, self.output
         assert "Traceback" not in self.output
         self.assert_nothing_left()

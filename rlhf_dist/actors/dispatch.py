@@ -29,6 +29,11 @@ from rlhf_dist.actors.waiting import WaitLimitExceeded, WorkerDied, WorkerFailed
 from rlhf_dist.data.balance import Balancer, MeanLength, capacity
 from rlhf_dist.data.serving import Serving, Sync
 
+#: Seconds after which a thread that waits for a chunk looks whether the run is ending.
+LOOK = 0.5
+#: Seconds in which such threads end. One that starts a generator anew may take longer, and is not waited for.
+PATIENCE = 3.0
+
 
 @dataclass
 class Lane:
@@ -74,6 +79,9 @@ class GeneratorGroup(Holder):
         self._chunk_numbers = itertools.count()
         self._error: BaseException | None = None
         self._reading = False
+        self._ending = False
+        self._threads: list[threading.Thread] = []
+        """All that call Ray beside the run's own."""
         self._lengths = MeanLength()
 
     def open(self, lane: Lane) -> int:
@@ -193,10 +201,18 @@ class GeneratorGroup(Holder):
             self._faults = None  # from here on they die because they shall
         super().release()
 
+    def stop_calling(self) -> None:
+        with self.changed:
+            self._ending = True
+        super().stop_calling()
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     def _died(self, generator: int, actor: ActorHandle, error: Exception) -> None:
         """Give its unfinished groups to the others, and start another one in its place."""
         with self.changed:
-            ended = self._faults is None or self._faults.closed
+            ended = self._ending or self._faults is None
             if ended or generator not in self._serving.live or self.actors[generator] is not actor:
                 return
             self._serving.lost(generator)
@@ -212,7 +228,7 @@ class GeneratorGroup(Holder):
                 self._lanes[number].lost(groups)
             self._assign()
             self.changed.notify_all()
-        threading.Thread(target=self._revive, args=(generator, error), daemon=True).start()
+            self._start_thread(self._revive, generator, error)
 
     def _revive(self, generator: int, error: Exception) -> None:
         """Start it, load the newest weights, pass the gate, take work; again, when it dies on the way."""
@@ -273,15 +289,23 @@ class GeneratorGroup(Holder):
                 self.actors[generator].submit.remote(number, lane.prompts, groups, lane.n, lane.greedy, self.version)
 
     def _start_reading(self, generator: int) -> None:
-        arguments = (generator, self.actors[generator])
-        threading.Thread(target=self._read, args=arguments, daemon=True, name=f"generator {generator}").start()
+        self._start_thread(self._read, generator, self.actors[generator])
+
+    def _start_thread(self, target: Callable[..., None], generator: int, *arguments: Any) -> None:
+        name = f"generator {generator}"
+        thread = threading.Thread(target=target, args=(generator, *arguments), daemon=True, name=name)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()
 
     def _read(self, generator: int, actor: ActorHandle) -> None:
         """Pass on the chunks of one generator, for as long as it lives."""
         next_chunk: Any = actor.next_chunk.options(num_returns=2)
         try:
-            while True:
+            while not self._ending:
                 info_ref, table = next_chunk.remote()
+                while not ray.wait([info_ref], timeout=LOOK)[0]:
+                    if self._ending:
+                        return
                 info: ChunkInfo = ray.get(info_ref)
                 with self.changed:
                     if generator in self._serving.live and self.actors[generator] is actor and info.lane in self._lanes:

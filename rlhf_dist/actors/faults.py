@@ -46,8 +46,6 @@ class Faults:
         self.path = Path(path)
         self.faults: list[Fault] = []
         self._oom_kills = oom_kills()
-        self.closed = False
-        """The run is ending: processes die because they shall."""
         self._restarts: dict[str, deque[float]] = {}
         self._lock = threading.Lock()
 

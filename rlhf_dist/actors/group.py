@@ -195,8 +195,6 @@ class Group:
             self.watch(i, functools.partial(self._died, i, faults))
 
     def _died(self, i: int, faults: Faults, error: Exception) -> None:
-        if faults.closed:
-            return
         name, actor = f"{self.role} {i}", self.actors[i]
         try:
             faults.died(self.role, name, self.cause_of_death(i, error))
@@ -241,6 +239,14 @@ class Group:
                 spans += ray.get(ref)
         return spans
 
+    def stop_calling(self) -> None:
+        """Ray is about to end: from here on only the run's own thread calls it.
+
+        A call of another thread would start a cluster again, or end this process at once with exit code 1
+        (Ray 2.60, CoreWorkerProcess::EnsureInitialized).
+        """
+        self._released = True
+
     def release(self) -> None:
         """Kill the actors and give their resources back."""
         self._released = True
@@ -263,6 +269,10 @@ class Startable(Protocol):
 
     def spans(self) -> list[Span]: ...
 
+    def stop_calling(self) -> None:
+        """Ray is about to end: from here on only the run's own thread calls it."""
+        ...
+
     def release(self) -> None: ...
 
 
@@ -283,6 +293,9 @@ class Holder:
 
     def spans(self) -> list[Span]:
         return self._held.spans()
+
+    def stop_calling(self) -> None:
+        self._held.stop_calling()
 
     def release(self) -> None:
         self._held.release()

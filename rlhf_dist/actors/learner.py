@@ -152,5 +152,8 @@ class LearnerGroup:
     def spans(self) -> list[Span]:
         return self.group.spans()
 
+    def stop_calling(self) -> None:
+        self.group.stop_calling()
+
     def release(self) -> None:
         self.group.release()
