@@ -36,8 +36,8 @@ from benchmarks.weight_sync import copy_seconds
 from rlhf_dist.actors.generator import rollout_table
 
 SIZES = (0.064, 1.0, 16.0, 128.0, 1000.0)
-#: Lists of more would take gigabytes as Python objects.
-LARGEST_LISTS = 128.0
+#: Of the other forms: more would take gigabytes as Python objects, and ten times its size padded.
+LARGEST_OTHERS = 128.0
 KINDS = ("arrow", "lists", "padded")
 PROMPT, MEDIAN, SIGMA, LONGEST = 128, 256, 1.0, 4096
 #: Bytes of a token of a response in ``schema.ROLLOUT``: id, log-probability, version, mask.
@@ -62,7 +62,7 @@ def main() -> None:
         args.sizes, args.nodes, args.repetitions = [0.064], [1], 1
     runs = [run for nodes in args.nodes for run in measure(nodes, args.sizes, args.repetitions)]
     lengths = {"prompt": PROMPT, "median": MEDIAN, "sigma": SIGMA, "longest": LONGEST}
-    REPORT.finish(runs, {"lengths": lengths, "largest_lists_mb": LARGEST_LISTS}, args)
+    REPORT.finish(runs, {"lengths": lengths, "largest_others_mb": LARGEST_OTHERS}, args)
 
 
 def measure(nodes: int, sizes: Sequence[float], repetitions: int) -> Iterator[Run]:
@@ -70,7 +70,7 @@ def measure(nodes: int, sizes: Sequence[float], repetitions: int) -> Iterator[Ru
         for mb in sizes:
             ray.get(source.make.remote(mb))
             for repetition, kind in itertools.product(range(-1, repetitions), KINDS):
-                if kind == "lists" and mb > LARGEST_LISTS:
+                if kind != "arrow" and mb > LARGEST_OTHERS:
                     continue
                 run = exchange(source, reader, kind) | {"spilled_mb": megabytes(spill)}
                 if repetition >= 0:  # the first of each compiles, and maps the store's pages
@@ -128,9 +128,9 @@ class Source:
     def make(self, mb: float) -> None:
         """Samples of ``mb`` in all."""
         samples = make_samples(int(mb * 1e6))
-        self.forms = {"arrow": rollout_table(samples), "padded": padded(samples)}
-        if mb <= LARGEST_LISTS:
-            self.forms["lists"] = as_lists(samples)
+        self.forms = {"arrow": rollout_table(samples)}
+        if mb <= LARGEST_OTHERS:
+            self.forms |= {"lists": as_lists(samples), "padded": padded(samples)}
 
     def give(self, kind: str) -> Any:
         return self.forms[kind]

@@ -33,7 +33,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import Medians, Report, Run
+from benchmarks.results import WIDTH, Report, Run
 
 REPORT = Report(
     "learner",
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             settings = replace(settings, hidden=options.hidden, layers=options.layers)
         runs = measure(settings, 1 if options.small else options.repetitions)
         REPORT.finish(runs, asdict(settings), options)
-    show_ratios(REPORT.medians(runs))
+    show_ratios(runs)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -131,23 +131,22 @@ def measure_role(role: str, settings: Settings, repetitions: int) -> list[Run]:
             plans = {OURS: batch.bucketed(s.micro_batch_tokens)}
             plans |= dict.fromkeys(plain, batch.in_order(s.micro_batch_tokens))
             samples = loops.Samples.of(batch.table, plain[BARE].names)
-            timed = {OURS: seconds(ours.update, batch.table, batch.minibatches)}
-            timed |= {kind: seconds(loop.update, samples, plans[kind]) for kind, loop in plain.items()}
+            updates: dict[str, Callable[[], Any]] = {OURS: lambda b=batch: ours.update(b.table, b.minibatches)}
+            updates |= {kind: lambda k=kind, s=samples, p=plans: plain[k].update(s, p[k]) for kind in plain}
+            first = repetition % len(KINDS)  # none of them always comes first
+            timed = {kind: seconds(updates[kind]) for kind in KINDS[first:] + KINDS[:first]}
             if repetition == 0:
                 check({kind: steps for kind, (_, steps) in timed.items()}, f"{role}, {spread}")
                 continue
             case = {"role": role, "spread": spread, "repetition": repetition}
-            runs += [
-                {"kind": kind, **case, **figures(batch.lengths, plans[kind], elapsed)}
-                for kind, (elapsed, _) in timed.items()
-            ]
+            runs += [{"kind": kind, **case, **figures(batch.lengths, plans[kind], timed[kind][0])} for kind in KINDS]
     return runs
 
 
-def seconds(update: Callable, *arguments: Any) -> tuple[float, Any]:
+def seconds(update: Callable[[], Any]) -> tuple[float, Any]:
     """How long one update took, and what it returned."""
     started = time.perf_counter()
-    result = update(*arguments)
+    result = update()
     return time.perf_counter() - started, result
 
 
@@ -252,17 +251,19 @@ class Batch:
         return [[rows[i : i + size].tolist() for i in range(0, len(rows), size)] for rows in self.minibatches]
 
 
-def show_ratios(medians: Medians) -> None:
+def show_ratios(runs: Sequence[Run]) -> None:
     """Ours over each of the others, with the goals, and whether a token costs more where lengths differ more."""
+    medians = REPORT.medians(runs)
+    over = {kind: REPORT.paired(runs, "tokens_per_second", OURS, kind) for kind in (BARE, DEEPSPEED)}
     table = Table("role", "spread", f"ours / {BARE}", "goal", f"ours / {DEEPSPEED}", "time per token / equal")
     for role in ROLES:
         for spread in SPREADS:
-            speed = {kind: medians[role, spread, kind]["tokens_per_second"] for kind in KINDS}
+            speed = medians[role, spread, OURS]["tokens_per_second"]
             goal = f">= {GOALS[spread]}" if spread in GOALS else "–"
-            slower = medians[role, "equal", OURS]["tokens_per_second"] / speed[OURS]
-            ratios = [f"{speed[OURS] / speed[kind]:.2f}" for kind in (BARE, DEEPSPEED)]
+            slower = medians[role, "equal", OURS]["tokens_per_second"] / speed
+            ratios = [f"{over[kind][role, spread]:.2f}" for kind in (BARE, DEEPSPEED)]
             table.add_row(role, spread, ratios[0], goal, ratios[1], f"{slower:.2f}")
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 if __name__ == "__main__":

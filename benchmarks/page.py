@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import iterated, learning, memory, overoptimization, preference_model
-from benchmarks.results import FOLDER, Report, Rows, Run
+from benchmarks.results import FOLDER, Report, Rows, Run, number
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -84,11 +84,6 @@ def report_of(name: str) -> Report:
     if not isinstance(report, Report):
         raise ValueError(f"benchmarks.{name} has no REPORT, and benchmarks.page no table {name}")
     return report
-
-
-def number(x: float) -> str:
-    """Three digits that count."""
-    return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 
 def markdown(rows: Rows) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from rlhf_dist.observability.summary import versions
 FOLDER = Path(__file__).parent / "results"
 #: Raised when the files change their form, so that old ones are not compared with new ones.
 FORMAT = 1
+#: Of a terminal that shows a whole table.
+WIDTH = 150
 
 Run = dict[str, Any]
 #: A header and its rows, as the page of figures has them.
@@ -96,8 +98,22 @@ class Report:
             found[case] = {name: statistics.median(x) for name, x in values.items() if x}
         return found
 
+    def paired(self, runs: Sequence[Run], figure: str, one: str, other: str) -> dict[tuple[Any, ...], float]:
+        """By case without its last column, ``figure`` where that column is ``one`` over that where it is ``other``.
+
+        The median of the ratios within each repetition, whose runs were made in turns: a machine that is slower
+        for a while is slower for both.
+        """
+        column = self.case[-1]
+        ratios: dict[tuple[Any, ...], list[float]] = {}
+        by_repetition = {(*self._case(run), run["repetition"]): run[figure] for run in runs}
+        for run in runs:
+            if run[column] == one and (theirs := by_repetition.get((*self._case(run)[:-1], other, run["repetition"]))):
+                ratios.setdefault(self._case(run)[:-1], []).append(run[figure] / theirs)
+        return {case: statistics.median(found) for case, found in ratios.items()}
+
     def show(self, runs: Sequence[Run]) -> None:
-        self._print(self.medians(runs), f"{self.name}: medians", "{:,.4g}")
+        self._print(self.medians(runs), f"{self.name}: medians", number)
 
     def compare(self, new: Mapping[str, Any], old: Mapping[str, Any] | None) -> None:
         """Print new medians over old ones, case by case, where machine and form are the same."""
@@ -113,17 +129,22 @@ class Report:
                 for case, row in after.items()
                 if case in before
             }
-            self._print(ratios, f"{self.name}: over the figures before", "{:.2f}")
+            self._print(ratios, f"{self.name}: over the figures before", "{:.2f}".format)
 
     def _case(self, run: Run) -> tuple[Any, ...]:
         return tuple(run[name] for name in self.case)
 
-    def _print(self, rows: Medians, title: str, form: str) -> None:
+    def _print(self, rows: Medians, title: str, form: Callable[[float], str]) -> None:
         table = Table(*self.case, *self.figures, title=title)
         for case, row in rows.items():
-            cells = (form.format(row[name]) if name in row else "–" for name in self.figures)
+            cells = (form(row[name]) if name in row else "–" for name in self.figures)
             table.add_row(*map(str, case), *cells)
-        Console().print(table)
+        Console(width=WIDTH).print(table)
+
+
+def number(x: float) -> str:
+    """Three digits that count."""
+    return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
 
 
 def print_rows(rows: Rows, title: str = "") -> None:
@@ -132,4 +153,4 @@ def print_rows(rows: Rows, title: str = "") -> None:
     table = Table(*header, title=title)
     for row in cells:
         table.add_row(*row)
-    Console(width=150).print(table)
+    Console(width=WIDTH).print(table)

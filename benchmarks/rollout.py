@@ -22,7 +22,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,12 @@ def generators_of(cfg: Config, count: int) -> Iterator[tuple[Any, Any, int]]:
     path, eos_id = cfg.model.path, load_tokenizer(cfg.model.path).eos_token_id
     context = cfg.rollout.max_prompt_length + cfg.rollout.max_response_length
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address="local", num_cpus=count + 1, object_store_memory=300 * 2**20, include_dashboard=False)
-    try:
+    store = 300 * 2**20
+    ray.init(
+        address="local", num_cpus=count + 1, object_store_memory=store, include_dashboard=False, log_to_driver=False
+    )
+    with ExitStack() as ending:
+        ending.callback(ray.shutdown)
         group = Group(
             "generator",
             Generator,
@@ -137,19 +141,15 @@ def generators_of(cfg: Config, count: int) -> Iterator[tuple[Any, Any, int]]:
         )
         prompts, report = load_table("prompts", cfg, path, "train")
         group.wait_ready()
-        yield GeneratorGroup(group, cfg.generator.max_num_seqs), prompts, report["rows"]
-    finally:
-        ray.shutdown()
+        generators = GeneratorGroup(group, cfg.generator.max_num_seqs)
+        ending.callback(generators.stop_calling)
+        yield generators, prompts, report["rows"]
 
 
 def ratios(runs: Sequence[Run]) -> Iterator[str]:
     """Ours over bare, for each case; the goal is 0.95 for chunks of 2,000 tokens and more."""
-    medians = REPORT.medians(runs)
-    for (count, lengths, chunk_tokens, kind), row in medians.items():
-        if kind == "ours":
-            bare = medians[count, lengths, chunk_tokens, "bare"]
-            ratio = row["tokens_per_second"] / bare["tokens_per_second"]
-            yield f"{count} x {lengths}, chunks of {chunk_tokens:,}: {ratio:.2f} of bare vLLM (goal 0.95)"
+    for (count, lengths, chunk_tokens), ratio in REPORT.paired(runs, "tokens_per_second", "ours", "bare").items():
+        yield f"{count} x {lengths}, chunks of {chunk_tokens:,}: {ratio:.2f} of bare vLLM (goal 0.95)"
 
 
 if __name__ == "__main__":

@@ -198,13 +198,17 @@ class GeneratorGroup(Holder):
 
     def release(self) -> None:
         with self.changed:
-            self._faults = None  # from here on they die because they shall
+            self._ending = True  # from here on they die because they shall
         super().release()
+        self._wait_for_threads()
 
     def stop_calling(self) -> None:
         with self.changed:
             self._ending = True
         super().stop_calling()
+        self._wait_for_threads()
+
+    def _wait_for_threads(self) -> None:
         deadline = time.monotonic() + PATIENCE
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

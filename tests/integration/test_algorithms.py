@@ -89,6 +89,7 @@ def test_preferences_without_sampling(start: Callable[..., Job], config: str) ->
     assert (job.folder / "dpo" / "model.safetensors").exists()
 
 
+@pytest.mark.slow  # test_learners.py evaluates and goes back, test_early_stop.py stops PPO
 def test_sft_stops_early_and_keeps_the_best_weights(start: Callable[..., Job], config: str) -> None:
     """32 demonstrations are learnt by heart: the held-out loss turns."""
     job = start(

@@ -18,7 +18,8 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("generator ")]
 
 
-def test_no_thread_waits_for_chunks_any_more() -> None:
+@pytest.mark.parametrize("end", ["stop_calling", "release"])
+def test_no_thread_waits_for_chunks_any_more(end: str) -> None:
     """One that called Ray after its end would start a cluster, or end the process with exit code 1."""
 
     @ray.remote
@@ -30,6 +31,6 @@ def test_no_thread_waits_for_chunks_any_more() -> None:
     generators = GeneratorGroup(group, max_num_seqs=8)
     generators.open(Lane(ray.put(None), 1, False, lambda chunk: None, lambda error: None))
     assert len(readers()) == 2
-    generators.stop_calling()
+    getattr(generators, end)()
     assert readers() == []
     group.release()

@@ -32,6 +32,13 @@ def test_medians_are_those_of_the_runs_that_have_the_figure(report: Any) -> None
     assert report.medians(RUNS) == {("ours",): {"seconds": 2.0, "copies": 4}, ("theirs",): {"seconds": 8.0}}
 
 
+def test_ratios_are_those_within_a_repetition(report: Any) -> None:
+    kinds = [("ours", 0, 2.0), ("theirs", 0, 1.0), ("ours", 1, 30.0), ("theirs", 1, 10.0), ("ours", 2, 7.0)]
+    runs = [{"kind": kind, "repetition": i, "seconds": x} for kind, i, x in kinds]
+    assert report.paired(runs, "seconds", "ours", "theirs") == {(): 2.5}, "2 and 3; the last one has no partner"
+    assert report.paired(runs, "seconds", "ours", "nobody's") == {}
+
+
 def test_runs_are_written_and_compared_with_those_before(
     report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
