@@ -238,7 +238,7 @@ class GeneratorGroup(Holder):
         """Start it, load the newest weights, pass the gate, take work; again, when it dies on the way."""
         assert self._faults is not None
         role, name = self.group.role, f"{self.group.role} {generator}"
-        while True:
+        while not self._ending:
             try:
                 time.sleep(self._faults.died(role, name, self.group.cause_of_death(generator, error)))
                 self.group.restart(generator)
@@ -312,7 +312,8 @@ class GeneratorGroup(Holder):
                         return
                 info: ChunkInfo = ray.get(info_ref)
                 with self.changed:
-                    if generator in self._serving.live and self.actors[generator] is actor and info.lane in self._lanes:
+                    wanted = info.lane in self._lanes and not self._ending
+                    if wanted and generator in self._serving.live and self.actors[generator] is actor:
                         self._arrived(generator, info, table)
         except RayActorError as error:
             if self._faults is not None:
