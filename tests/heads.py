@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -20,10 +22,19 @@ ROOT = Path(__file__).parents[1]
 MARK = "RLHF_DIST_TEST"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ports where nobody listens.
+
+    Below those that the kernel gives out by itself: one of these may be somebody else's, Ray's own parts among them, by
+    the time that it is used.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"of 100 ports only {len(found)} are free")
 
 
 class Head:
@@ -36,7 +47,7 @@ class Head:
 
     def __init__(self, variables: Mapping[str, str], options: Mapping[str, str | int]) -> None:
         self.mark = secrets.token_hex(16)
-        self.port, self.dashboard = free_port(), free_port()
+        self.port, self.dashboard, self.client_server, self.agent = free_ports(4)
         # Sockets lie in here, whose paths must stay below 108 characters.
         self.temp = tempfile.mkdtemp(prefix="rj", dir="/tmp")
         self.environment = {**os.environ, **variables, "HOME": self.temp, MARK: self.mark, "COLUMNS": "1000"}
@@ -81,8 +92,8 @@ class Head:
             "dashboard-host": "127.0.0.1",
             "node-ip-address": "127.0.0.1",
             "temp-dir": f"{self.temp}/ray",
-            "ray-client-server-port": free_port(),
-            "dashboard-agent-listen-port": free_port(),
+            "ray-client-server-port": self.client_server,
+            "dashboard-agent-listen-port": self.agent,
             "min-worker-port": 0,
             "max-worker-port": 0,
             **options,

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from heads import Head, free_port
+from heads import Head, free_ports
 from jobs import SHORTER
 from manifests import (
     ROOT,
@@ -106,7 +106,7 @@ def scrape(port: int) -> str:
 def test_the_job_of_the_manifest_and_its_retry(tmp_path: Path, attempts: list[Attempt]) -> None:
     objects = render("cpu-demo")
     places = mounted_files(objects, tmp_path) | {"/runs": tmp_path / "runs"}
-    folder, port = tmp_path / "runs" / "cpu-demo", free_port()
+    folder, port = tmp_path / "runs" / "cpu-demo", free_ports(1)[0]
 
     attempts.append(Attempt(objects, places, port))
     output = attempts[0].submit()
