@@ -312,8 +312,7 @@ def plot(runs: list[Run]) -> str:
     """Reward against samples and against seconds after the first step; an SVG that stands alone."""
     axes = {"samples": "samples", "seconds": "seconds after the first step"}
     figures = [
-        chart(f"Gold score against {against}", "", curves(runs, against), axis)
-        for against, axis in axes.items()
+        chart(f"Gold score against {against}", "", curves(runs, against), axis) for against, axis in axes.items()
     ]
     return drawing([figure for figure in figures if figure])  # without the short lengths there is no curve
 
