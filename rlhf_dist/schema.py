@@ -89,12 +89,13 @@ STAGE_COLUMNS: dict[str, pa.DataType] = {
 #: Stage columns that may hold nulls until the batch is complete: samples whose reward was given up.
 NULLABLE = ("score",)
 
-#: What the learners read in ``update``; with a critic also ``values`` and ``returns``.
+#: What the learners read in ``update``; with a critic also ``values`` and ``returns``, and ``old_logprobs`` unless the
+#: update's own pass has them (``Config.recomputes_logprobs``).
 EXPERIENCE = pa.schema(
     [
         *ROLLOUT,
         ("score", pa.float32()),
-        *[(name, _floats) for name in ("old_logprobs", "rewards", "advantages")],
+        *[(name, _floats) for name in ("rewards", "advantages")],
     ]
 )
 

@@ -75,8 +75,9 @@ class Experience(Worker):
         table = join_batch(fetch(parts))
         if left_out:
             table = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(left_out), pa.int64()))))
+        recomputed = "old_logprobs" in table.column_names
         table, metrics = estimate_advantages(table, self.algo, self.reward, kl_coef, scale, self.max_response_length)
-        metrics |= ages(table, version, recomputed=self.algo.old_logprobs == "learner")
+        metrics |= ages(table, version, recomputed=recomputed)
         if metrics["train/policy_age_max"] > self.max_staleness:
             raise RuntimeError(
                 f"step {step}: a token is {metrics['train/policy_age_max']:.0f} versions old, "

@@ -24,6 +24,7 @@ from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.transport import GeneratorClient
 from rlhf_dist.data.experience import take
 from rlhf_dist.data.nonfinite import RowFigures, Source
+from rlhf_dist.data.shares import add_up
 
 
 @ray.remote(concurrency_groups=WATCH | {"files": 1})  # type: ignore[call-overload]  # Ray 2.60 leaves it out of its types
@@ -175,14 +176,13 @@ class LearnerWorker(Worker):
     ) -> dict[str, float]:
         """Add the gradient of ``objective`` on ``rows``; returns this rank's share of the metrics."""
         totals = objective.totals(table, rows)
-        metrics: dict[str, float] = {}
+        shares = []
         for batch in self._micro_batches(objective, table, rows):
             loss, parts = objective.loss(self.engine, batch, totals)
             if backward:
                 self.engine.backward(loss)
-            for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value)
-        return metrics
+            shares.append({name: float(value) for name, value in parts.items()})
+        return add_up(shares)
 
     def failed_step(self) -> tuple[int, int] | None:
         """Of the update that failed, if one did: the optimizer step in it, from 1, and those taken before in all."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ray import ObjectRef
 
 from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.data.shares import add_up
 
 
 @dataclass
@@ -24,7 +25,10 @@ class PendingStats:
         return reduce_ranks(wait_for(refs, f"{role}, updating"))
 
     def result(self) -> dict[str, float]:
-        """Means over the optimizer steps, as ``train/NAME``. Names that two groups share: the critic's get a prefix."""
+        """Means over the optimizer steps (of NAME_max the largest), as ``train/NAME``.
+
+        Names that two groups share: the critic's get a prefix.
+        """
         metrics: dict[str, float] = {}
         for role, refs in self.parts:
             steps = reduce_ranks(wait_for(refs, f"{role}, updating"))
@@ -34,7 +38,8 @@ class PendingStats:
                     if role == "critic" and name in ("lr", "grad_norm", "loss")
                     else f"train/{name}"
                 )
-                metrics[key] = sum(s[name] for s in steps) / len(steps)
+                values = [s[name] for s in steps]
+                metrics[key] = max(values) if name.endswith("_max") else sum(values) / len(values)
         if "train/_r2" in metrics:
             r1, r2, e1, e2 = (metrics.pop(f"train/_{name}") for name in ("r1", "r2", "e1", "e2"))
             variance = r2 - r1**2
@@ -44,8 +49,4 @@ class PendingStats:
 
 def reduce_ranks(ranks: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     """Shares of all ranks to global figures, for each optimizer step."""
-    shared = ("lr", "grad_norm")
-    return [
-        {name: step[0][name] if name in shared else sum(rank[name] for rank in step) for name in step[0]}
-        for step in zip(*ranks, strict=True)
-    ]
+    return [add_up(step) for step in zip(*ranks, strict=True)]

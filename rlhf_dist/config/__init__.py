@@ -227,6 +227,16 @@ class Config(Section):
         return self.algo.kl_coef > 0
 
     @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether π_old takes a forward pass of the learner before the update.
+
+        Not where the generators' figures stand for it, nor where the only optimizer step sees the policy as it was
+        before: then its own pass has them, unless the KL in the reward needs them earlier.
+        """
+        kl_in_reward = self.uses_reference and not self.algo.use_kl_loss
+        return self.algo.old_logprobs == "learner" and (kl_in_reward or self.updates_per_step > 1)
+
+    @property
     def samples_per_step(self) -> int:
         return self.rollout.batch_size * self.rollout.n_samples_per_prompt
 

@@ -84,8 +84,9 @@ class AlgoConfig(Section):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the loss for negative advantages (ppo, decoupled_ppo); off if not given."""
     old_logprobs: Literal["learner", "sampler"] = "learner"
-    """Where the loss's π_old comes from: a forward pass of the learner before each update, or what the generators
-    reported while sampling, which saves that pass and takes their rounding and age for the policy's."""
+    """Where the loss's π_old comes from: the learner before each update, or what the generators reported while
+    sampling, whose rounding and age are then taken for the policy's. The learner needs a forward pass of its own for it
+    where the KL is in the reward or a step has several optimizer steps; else the update's own pass is that of π_old."""
     rollout_correction: Literal["auto", "none", "tis", "icepop", "sequence_mask"] = "auto"
     """Weight for the gap between the sampler and the learner. auto: tis where the two can differ (bfloat16, staleness,
     nucleus or top-k sampling) and the loss does not correct for it by itself."""

@@ -127,7 +127,9 @@ def estimate_advantages(
     shaped = torch.from_numpy(shape_scores(table, reward, scale, max_response_length))
     table, shaped, greedy_scores = _without_greedy(table, shaped)
     padded = _Padded(table)
-    mask, old = padded["response_mask"].bool(), padded["old_logprobs"]
+    mask = padded["response_mask"].bool()
+    # Without π_old, which the update computes, the KL is only reported: that of the policy that sampled.
+    old = padded["old_logprobs" if "old_logprobs" in table.column_names else "rollout_logprobs"]
     kl = torch.zeros_like(old)
     metrics = _figures(table, padded, shaped)
     if "ref_logprobs" in table.column_names:
@@ -169,16 +171,16 @@ def ages(table: pa.Table, version: int, recomputed: bool = True) -> dict[str, fl
 
     Args:
         version: of the policy that is about to be updated.
-        recomputed: whether ``old_logprobs`` are that policy's, so that the gap is known before the update.
+        recomputed: whether ``old_logprobs`` are there and that policy's, so that the gap is known before the update.
     """
     trained = Ragged.of(table, "response_mask").values.astype(bool)
     age = version - Ragged.of(table, "policy_version").values[trained]
-    gap = np.abs(Ragged.of(table, "old_logprobs").values - Ragged.of(table, "rollout_logprobs").values)[trained]
     metrics = {
         "train/policy_age": float(age.mean()) if len(age) else 0.0,
         "train/policy_age_max": float(age.max(initial=0)),
     }
     if recomputed:
+        gap = np.abs(Ragged.of(table, "old_logprobs").values - Ragged.of(table, "rollout_logprobs").values)[trained]
         metrics["train/rollout_logprob_abs_diff"] = float(gap.mean()) if len(gap) else 0.0
         metrics["train/rollout_logprob_abs_diff_max"] = float(gap.max(initial=0))
     if len(by_age := np.unique(age)) > 1:

@@ -5,7 +5,7 @@ The mathematics is in :mod:`rlhf_dist.algorithms`; here it meets the columns.
 
 Every loss, and every metric, is a sum over the micro-batch divided by the
 *global* total of the optimizer step. They therefore just add up, over
-micro-batches and ranks.
+micro-batches and ranks (``data.shares``); a metric NAME_max is the largest value.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ class PolicyObjective(_Sequences):
         with_entropy = module(batch, entropy="yes" if algo.entropy_coef else "detached")
         logprobs, entropy, mask = (batch.by_row(x) for x in (*with_entropy, batch.mask))
         columns = {name: batch.by_row(x) for name, x in batch.columns.items()}
-        old, rollout = columns["old_logprobs"], columns["rollout_logprobs"]
+        rollout = columns["rollout_logprobs"]
+        # Not computed beforehand: this pass, of the only optimizer step, is that of the policy before the update.
+        old = columns.get("old_logprobs", logprobs.detach())
         per_token, parts = self.policy_loss(
             registry.PolicyTerms(
                 logprobs=logprobs,
@@ -168,6 +170,10 @@ class PolicyObjective(_Sequences):
             per_token, mask, algo.loss_aggregation, totals.tokens, totals.sequences, self.max_response_length
         )
         metrics = {name: _mean(x, mask, totals) for name, x in parts.items()}
+        if "old_logprobs" not in columns:
+            gap = masked((old - rollout).abs(), mask)
+            metrics["rollout_logprob_abs_diff"] = gap.sum() / totals.tokens
+            metrics["rollout_logprob_abs_diff_max"] = gap.max() if gap.numel() else gap.sum()
         return loss, {**metrics, "loss": loss.detach()}
 
 

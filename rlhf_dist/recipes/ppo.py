@@ -157,7 +157,7 @@ def train(
                 break
             clock = StepClock(run.trace)
             rollouts = stream.next_batch()
-            old = policy.logprobs(rollouts) if cfg.algo.old_logprobs == "learner" else None
+            old = policy.logprobs(rollouts) if cfg.recomputes_logprobs else None
             values = critic.values(rollouts) if critic else None
             rollouts.wait(cfg.run.wait_limit)
             replaced = replace_groups(run, stream, rollouts, experience, reward, scores)

@@ -206,6 +206,7 @@ def test_generators_that_run_ahead_stay_within_the_bound(
         f"rollout.max_staleness={staleness}",
         f"rollout.in_flight_updates={mode}",
         "generator={replicas: 2, cpus: 0.2, max_num_seqs: 4}",
+        "train.batch_size=16",  # two optimizer steps: π_old, and with it the gap by age, are known before them
         "run.eval_every=5",
     ).wait()
     assert job.code == 0, job.output

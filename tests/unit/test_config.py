@@ -79,6 +79,24 @@ def test_the_correction_is_on_where_sampler_and_learner_can_differ() -> None:
     assert own.resolved_algo.rollout_correction == "none"
 
 
+@pytest.mark.parametrize(
+    ("options", "recomputes"),
+    [
+        ([], True),
+        (["algo={use_kl_loss: true, kl_estimator: k3}"], False),
+        (["algo={use_kl_loss: true, kl_estimator: k3}", "train.epochs=2"], True),
+        (["algo={use_kl_loss: true, kl_estimator: k3}", "train.batch_size=32"], True),
+        (["algo.kl_coef=0"], False),
+        (["algo.kl_coef=0", "train.epochs=2", "algo.old_logprobs=sampler"], False),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_the_learner_looks_at_a_batch_twice_only_where_it_must(options: list[str], recomputes: bool) -> None:
+    """A second pass is for the KL in the reward, and for what an optimizer step has moved before a row is read."""
+    cfg = load(None, ["rollout.batch_size=64", "train.batch_size=64", *options])
+    assert cfg.recomputes_logprobs == recomputes
+
+
 def test_there_is_a_config_for_every_use() -> None:
     names = {file.name for file in SHIPPED}
     assert names >= {"hh_cpu.yaml", "stories_cpu.yaml", "gsm8k_grpo.yaml", "world_two_ranks.yaml"}

@@ -353,6 +353,18 @@ def test_the_samplers_own_logprobs_as_those_before_the_update() -> None:
     assert found["old_logprobs"].equals(found["rollout_logprobs"])
 
 
+def test_without_logprobs_before_the_update_the_samplers_tell_the_kl() -> None:
+    table = joined_batch(holes=True, ref_logprobs=1)
+    without = table.drop_columns("old_logprobs")
+    algo = AlgoConfig(advantage_estimator="reinforce", use_kl_loss=True, kl_estimator="k3")
+    found, figures = estimate_advantages(without, algo, PLAIN, 0.1, ScoreScale(), 8)
+    sampled, ref, mask = (np.concatenate(rows(table, n)) for n in ("rollout_logprobs", "ref_logprobs", "response_mask"))
+    assert figures["rollout/kl"] == pytest.approx((sampled - ref)[mask == 1].sum() / 4, rel=1e-5)
+    assert "old_logprobs" not in found.column_names, "the update computes them"
+    expected, _ = estimate_advantages(table, algo, PLAIN, 0.1, ScoreScale(), 8)
+    assert found["advantages"].equals(expected["advantages"])
+
+
 def test_a_row_without_response_tokens() -> None:
     q = [3, 0]
     table = rollouts([(2, n) for n in q])

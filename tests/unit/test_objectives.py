@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_dist import schema
 from rlhf_dist.config import AlgoConfig, DPOConfig
 from rlhf_dist.data.batching import micro_batches
+from rlhf_dist.data.shares import add_up
 from rlhf_dist.engines.objectives import (
     CriticObjective,
     DistillObjective,
@@ -100,6 +101,11 @@ CASES: dict[str, tuple[Any, Any, pa.Table]] = {
         PolicyModule(tiny_llama()),
         experience(SHAPE, holes=True),
     ),
+    "policy, one optimizer step": (
+        PolicyObjective(FULL.model_copy(update={"rollout_correction": "tis"}), 8),
+        PolicyModule(tiny_llama()),
+        experience(SHAPE, holes=True).drop_columns("old_logprobs"),
+    ),
     "critic": (CriticObjective(AlgoConfig()), scalar_module(), experience(SHAPE, holes=True)),
     "kwise": (
         KWiseObjective(),
@@ -129,14 +135,13 @@ def accumulate(
     module.zero_grad()
     rows = np.arange(table.num_rows)
     totals = objective.totals(table, rows)
-    sums: dict[str, float] = {}
+    shares = []
     for part in parts:
         batch = objective.collate(table, part, 0, packing)
         loss, metrics = objective.loss(module, batch, totals)
         loss.backward()
-        for name, value in {**metrics, "loss": loss.detach()}.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    return sums, [p.grad.clone() for p in module.parameters()]
+        shares.append({name: float(value) for name, value in {**metrics, "loss": loss.detach()}.items()})
+    return add_up(shares), [p.grad.clone() for p in module.parameters()]
 
 
 def assert_same(a: tuple[dict[str, float], list[torch.Tensor]], b: tuple[dict[str, float], list[torch.Tensor]]) -> None:
@@ -249,6 +254,33 @@ def test_unchanged_weights_give_the_gradient_of_the_advantage() -> None:
         torch.testing.assert_close(a, p.grad, atol=1e-9, rtol=1e-6)
     assert metrics["clip_frac"] == 0
     assert abs(float(metrics["ppo_kl"])) < 1e-12
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "icepop", "sequence_mask"])
+def test_without_old_logprobs_the_pass_itself_has_them(correction: str) -> None:
+    """The first optimizer step of a batch gives the same loss, gradient and figures with and without a pass before."""
+    table = experience(SHAPE, holes=True)
+    module = PolicyModule(tiny_llama()).double()
+    objective = PolicyObjective(FULL.model_copy(update={"rollout_correction": correction}), 8)
+    rows = list(range(len(SHAPE)))
+    with torch.no_grad():
+        before, _ = module(objective.collate(table, rows, 0, False))
+    # What sampled differs from the policy by a known gap at every token.
+    lengths = [q for _, q in SHAPE]
+    response = objective.collate(table, rows, 0, False).response
+    old = np.split(before[response].float().numpy(), np.cumsum(lengths)[:-1])
+    i = table.column_names.index("rollout_logprobs")
+    gaps = np.linspace(-0.4, 0.4, sum(lengths), dtype=np.float32)
+    sampled = [(a + b).tolist() for a, b in zip(old, np.split(gaps, np.cumsum(lengths)[:-1]), strict=True)]
+    table = table.drop_columns("old_logprobs").set_column(
+        i, "rollout_logprobs", pa.array(sampled, pa.list_(pa.float32()))
+    )
+    with_column = table.append_column("old_logprobs", pa.array([x.tolist() for x in old], pa.list_(pa.float32())))
+    without = accumulate(objective, module, table, [rows])
+    trained = np.concatenate(table["response_mask"].to_pylist()) == 1
+    assert without[0].pop("rollout_logprob_abs_diff") == pytest.approx(np.abs(gaps[trained]).mean(), rel=1e-5)
+    assert without[0].pop("rollout_logprob_abs_diff_max") == pytest.approx(np.abs(gaps[trained]).max(), rel=1e-5)
+    assert_same(without, accumulate(objective, module, with_column, [rows]))
 
 
 def test_the_critics_moments_give_the_explained_variance() -> None:

@@ -5,6 +5,7 @@ That it arrives there is in ``tests/integration/test_learners.py``, with a real 
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -24,6 +25,15 @@ def test_threads_wait_without_spinning() -> None:
     environment = Resources(1).environment("policy-0")
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variables are glibc's")
+def test_memory_is_used_again_without_the_kernel() -> None:
+    """The activations of a forward pass, which the next one needs again: pages that the kernel had to clear."""
+    passes = "import numpy as np, resource\nfor _ in range(40): layers = [np.ones(2**21) for _ in range(8)]\n"
+    program = passes + "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    run = lambda env: int(subprocess.run([sys.executable, "-c", program], env=env, check=True, stdout=-1).stdout)
+    assert run(Resources(1).environment("policy-0")) < run({}) / 3
 
 
 def test_every_process_has_its_own_log(monkeypatch: pytest.MonkeyPatch) -> None:
