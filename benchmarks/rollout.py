@@ -84,7 +84,8 @@ def options_of(policy: Path, lengths: str, chunk_tokens: int, generators: int) -
         f"rollout={{n_samples_per_prompt: {SAMPLES_PER_PROMPT}, max_prompt_length: 48}}",
         f"rollout.max_response_length={LENGTHS[lengths][0]}",
         f"rollout.chunk_tokens={chunk_tokens}",
-        f"generator={{replicas: {generators}, cpus: 1, max_num_seqs: 128}}",
+        # Compiled, as ``LLM`` is by default and as a long run wants it.
+        f"generator={{replicas: {generators}, cpus: 1, max_num_seqs: 128, enforce_eager: false}}",
     ]
 
 

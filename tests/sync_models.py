@@ -97,13 +97,13 @@ def logprobs(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
 
 
 def generator_engine(folder: Path, *, tensor_parallel_size: int = 1, **rollout: Any) -> Any:
-    """A ``GeneratorEngine`` with random weights, which waits for the learner's."""
+    """A ``GeneratorEngine`` with random weights, which waits for the learner's; updates may come while requests run."""
     from rlhf_dist.engines.vllm import GeneratorEngine
 
     return GeneratorEngine(
         str(folder),
         ModelConfig(),
-        RolloutConfig(**{"max_prompt_length": 32, "max_response_length": 16, **rollout}),
+        RolloutConfig(**{"max_prompt_length": 32, "max_response_length": 16, "max_staleness": 1, **rollout}),
         GeneratorConfig(tensor_parallel_size=tensor_parallel_size, kv_cache_gb=0.03, max_num_seqs=16),
         WeightSyncConfig(),
         stop_token_ids=[],

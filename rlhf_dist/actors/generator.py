@@ -202,7 +202,7 @@ class Generator(Worker):
 
     @property
     def _drains(self) -> bool:
-        return self.cfg.rollout.in_flight_updates == "drain"
+        return self.cfg.rollout.drains
 
     def _run(self, command: Callable[[GeneratorEngine], Any], when_idle: bool = False) -> Any:
         """Run ``command(engine)`` in the engine's thread, between two steps; returns its result."""

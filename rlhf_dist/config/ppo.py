@@ -53,6 +53,11 @@ class RolloutConfig(Section):
     dynamic_sampling_rounds: PositiveInt = 8
     """Times that a step asks for replacements; then it trains with the groups that it has."""
 
+    @property
+    def drains(self) -> bool:
+        """Whether nothing is under way when weights arrive; without staleness a step ends with its last response."""
+        return self.max_staleness == 0 or self.in_flight_updates == "drain"
+
     @model_validator(mode="after")
     def _unbiased(self) -> RolloutConfig:
         if (self.top_p < 1 or self.top_k > 0) and not self.allow_biased_sampling:

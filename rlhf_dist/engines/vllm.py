@@ -26,7 +26,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.config.lora import MaxLoRARanks
-from vllm.inputs import TokensPrompt
+from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
@@ -135,8 +135,9 @@ class GeneratorEngine:
             enforce_eager=generator.enforce_eager,
             enable_prefix_caching=generator.enable_prefix_caching,
             seed=seed,
-            # A step ahead, vLLM would label the last token before an update with the version after it.
-            async_scheduling=None if rollout.in_flight_updates == "drain" else False,
+            # A step ahead, vLLM would label the last token before an update with the version after it: only where
+            # nothing is under way at an update.
+            async_scheduling=None if rollout.drains else False,
             disable_log_stats=True,
             # Processed log-probabilities include the temperature, as the learner's do.
             logprobs_mode="processed_logprobs",
@@ -214,7 +215,7 @@ class GeneratorEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             # A cache entry of another version would mix policies inside one sample.
-            prompt = TokensPrompt(prompt_token_ids=pending.prompt_ids.tolist(), cache_salt=str(pending.salt))
+            prompt = tokens_input(pending.prompt_ids.tolist(), cache_salt=str(pending.salt))
             self.engine.add_request(pending.request, prompt, params, lora_request=self._lora)
             self._pending[pending.request] = pending
 
@@ -235,7 +236,7 @@ class GeneratorEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=str(self.version))
+        prompt = tokens_input(token_ids.tolist(), cache_salt=str(self.version))
         self.engine.add_request(request, prompt, params)
         self._texts[request] = (row, len(token_ids), k)
 
@@ -353,7 +354,7 @@ class GeneratorEngine:
         self.llm.start_weight_update()
 
     def _begin_update(self) -> None:
-        if self.running and self.rollout.in_flight_updates == "drain":
+        if self.running and self.rollout.drains:
             raise WeightSyncError(f"weights cannot be loaded while {self.running} requests are running")
         self._verified = False
         self._update = SyncRecord(FROM_DISK, 0, 0, load_seconds=-time.perf_counter(), in_flight=self.running)
@@ -426,7 +427,7 @@ class GeneratorEngine:
         """``[C - 1]`` log-probabilities of ``token_ids[1:]`` under the current weights."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         # Weights that failed the gate and the next attempt may have one version, so the version is no salt here.
-        prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"canary-{time.monotonic_ns()}")
+        prompt = tokens_input(token_ids.tolist(), cache_salt=f"canary-{time.monotonic_ns()}")
         self.engine.add_request("canary", prompt, params, lora_request=self._lora)
         finished: dict[str, Any] = {}
         while "canary" not in finished:

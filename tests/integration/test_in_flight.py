@@ -64,9 +64,10 @@ def test_every_token_is_of_the_version_it_says(mode: Literal["keep", "recompute"
             assert after.max() > 10 * TOLERANCE, "the cache of the first tokens is that of the old weights"
 
 
-def test_drain_refuses_to_load_while_requests_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rollout", [{"in_flight_updates": "drain"}, {"max_staleness": 0}], ids=str)
+def test_nothing_is_loaded_while_requests_run_that_must_be_finished(rollout: dict[str, Any], tmp_path: Path) -> None:
     model = build("llama", tied=True, folder=tmp_path)
-    engine = generator_engine(tmp_path, in_flight_updates="drain")
+    engine = generator_engine(tmp_path, **rollout)
     load(engine, model)
     engine.add(0, 0, 0, 0, PROMPT, 0)
     steps(engine, 2)
@@ -139,8 +140,8 @@ def test_without_a_salt_a_new_request_would_mix_versions(
     model = build("llama", tied=True, folder=tmp_path)
     engine = generator_engine(tmp_path, max_prompt_length=160)
     if not salted:
-        prompt_of = vllm.TokensPrompt
-        monkeypatch.setattr(vllm, "TokensPrompt", lambda **fields: prompt_of(**fields | {"cache_salt": "one for all"}))
+        prompt_of = vllm.tokens_input
+        monkeypatch.setattr(vllm, "tokens_input", lambda ids, cache_salt: prompt_of(ids, cache_salt="one for all"))
     load(engine, model)
     block = engine.engine.vllm_config.cache_config.block_size
     long = np.random.default_rng(2).integers(0, VOCAB, 160, dtype=np.int32)
