@@ -2,15 +2,18 @@
 
     python -m benchmarks.efficiency
 
-GRPO with a reward model and a reference, staleness 0 and 1, one core each for generator and learner. The bound is the
-sum of
+GRPO with a reward model and a reference, one core each for generator and learner, with staleness 0 and 1: as in its
+paper, the KL in the loss and one optimizer step for each batch; and ``S=1, twice``, the KL in the reward and two
+optimizer steps, for which the learner passes over the batch before the update as well. The bound is the sum of
 
 generation   ``LLM.generate`` on the requests of the same steps
-scoring      the reward model's and the reference's forward passes over the same samples
+reference    its forward passes over the same samples; for ``twice`` once more, the learner's
+reward       the same of the reward model
 update       a plain PyTorch loop over them, padded in the order in which they come
 
 each in a process by itself with one thread, divided by the cores. Then, from the run's trace, how long each process was
-at work in a step: what is missing to the length of the step it has waited.
+at work in a step: what is missing to the length of the step it has waited. ``fetch`` is the part of it in which the
+experience process takes all chunks and columns of a batch out of the object store.
 
 The policy is random and its learning rate next to nothing, so that every run and the bare loops have the same tokens.
 """
@@ -41,6 +44,8 @@ from benchmarks.results import Report, Run
 PROMPTS, SAMPLES, MICRO_BATCH_TOKENS = 32, 4, 8192
 STEPS = 16
 GOAL = 1.15
+#: Staleness of each kind of run, and its options.
+KINDS = {"S=0": (0, 1), "S=1": (1, 1), "S=1, twice": (1, 2)}
 REPORT = Report("efficiency", case=("kind", "part"), figures=("seconds",))
 
 
@@ -54,20 +59,24 @@ def main() -> None:
     else:
         steps, repetitions = (WARM_UP + 2, 1) if args.small else (STEPS, args.repetitions)
         runs = measure(steps, repetitions)
-        REPORT.finish(runs, {"model": MODEL, "steps": steps, "options": options_of(Path("POLICY"), 0, steps)}, args)
+        REPORT.finish(runs, {"model": MODEL, "steps": steps, "options": options_of(Path("POLICY"), "S=0", steps)}, args)
     show_bound(runs)
 
 
-def options_of(policy: Path, staleness: int, steps: int) -> list[str]:
+def options_of(policy: Path, kind: str, steps: int) -> list[str]:
+    staleness, updates = KINDS[kind]
+    in_loss = "true, kl_estimator: k3" if updates == 1 else "false"
     return [
         *COMMON,
         *ONE,
         f"model.path={policy}",
         f"reward.components=[{{name: reward_model, model: {policy}}}]",
-        "algo={advantage_estimator: grpo, kl_coef: 0.05, rollout_correction: tis}",
+        f"algo={{advantage_estimator: grpo, kl_coef: 0.05, rollout_correction: tis, use_kl_loss: {in_loss}}}",
         f"rollout={{batch_size: {PROMPTS}, n_samples_per_prompt: {SAMPLES}, max_response_length: 48}}",
         f"rollout={{max_prompt_length: 48, max_staleness: {staleness}}}",
-        f"train={{steps: {steps}, batch_size: {PROMPTS * SAMPLES // 2}, micro_batch_tokens: {MICRO_BATCH_TOKENS}}}",
+        f"train={{steps: {steps}, batch_size: {PROMPTS * SAMPLES // updates}}}",
+        f"train.micro_batch_tokens={MICRO_BATCH_TOKENS}",
+        "generator.enforce_eager=false",  # compiled, as the bare loop and as a long run wants it
         "run={save_rollouts: true, checkpoint_every: 0}",
     ]
 
@@ -79,11 +88,14 @@ def measure(steps: int, repetitions: int) -> list[Run]:
         folder = Path(temporary)
         policy = random_policy(folder / "policy", MODEL)
         for repetition in range(repetitions):
-            whole = {s: run_program(folder / f"{repetition}-{s}", options_of(policy, s, steps)) for s in (0, 1)}
-            for staleness, place in whole.items():
+            whole = {
+                kind: run_program(folder / f"{repetition}-{i}", options_of(policy, kind, steps))
+                for i, kind in enumerate(KINDS)
+            }
+            for kind, place in whole.items():
                 parts = parts_of(place)
-                runs += [{"kind": f"S={staleness}", "part": name, "seconds": x} for name, x in parts.items()]
-            bare = bare_parts(policy, options_of(policy, 0, steps), whole[0])
+                runs += [{"kind": kind, "part": name, "seconds": x} for name, x in parts.items()]
+            bare = bare_parts(policy, options_of(policy, "S=0", steps), whole["S=0"])
             runs += [{"kind": "bare", "part": name, "seconds": x} for name, x in bare.items()]
     return runs
 
@@ -94,8 +106,10 @@ def parts_of(folder: Path) -> dict[str, float]:
     trace = json.loads((folder / "trace.json").read_text())
     origin = trace["otherData"]["unix_time_of_zero"]
     between = (steps[0]["time"] - origin, steps[-1]["time"] - origin)
-    busy = busy_seconds(trace["traceEvents"], between)
-    return {"step": seconds_per_step(steps)} | {name: x / (len(steps) - 1) for name, x in busy.items()}
+    events, count = trace["traceEvents"], len(steps) - 1
+    busy = {name: x / count for name, x in busy_seconds(events, between).items()}
+    fetches = [e["dur"] for e in events if e["name"] == "fetch" and between[0] <= e["ts"] / 1e6 < between[1]]
+    return {"step": seconds_per_step(steps), **busy, "fetch": sum(fetches) / 1e6 / count}
 
 
 def busy_seconds(events: Sequence[Mapping[str, Any]], between: tuple[float, float]) -> dict[str, float]:
@@ -122,8 +136,8 @@ def bare_parts(policy: Path, options: Sequence[str], folder: Path) -> dict[str, 
     if abs(generated - tokens) > 0.01 * tokens:
         raise SystemExit(f"the bare loop generated {generated} tokens, the run {tokens}: they are not comparable")
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        scoring, update = process.submit(bare_learning, policy, tables).result()
-    return {"generation": sum(x for _, x in generation) / len(tables), "scoring": scoring, "update": update}
+        learning = process.submit(bare_learning, policy, tables).result()
+    return {"generation": sum(x for _, x in generation) / len(tables), **learning}
 
 
 def requests(table: pa.Table) -> Iterator[tuple[int, int]]:
@@ -132,8 +146,8 @@ def requests(table: pa.Table) -> Iterator[tuple[int, int]]:
     yield from dict(zip(groups, table["prompt_id"].to_pylist(), strict=True)).items()
 
 
-def bare_learning(policy: Path, tables: Sequence[pa.Table]) -> tuple[float, float]:
-    """Seconds of scoring and of training a step, in a process with one thread; the first step is left out."""
+def bare_learning(policy: Path, tables: Sequence[pa.Table]) -> dict[str, float]:
+    """Seconds of each part of a step, in a process with one thread; the first step is left out."""
     import torch
 
     torch.set_num_threads(1)
@@ -141,42 +155,48 @@ def bare_learning(policy: Path, tables: Sequence[pa.Table]) -> tuple[float, floa
     from rlhf_dist.models import load_policy, load_scalar
 
     loop = PlainLoop("policy", policy)
-    scorers = [load_policy(str(policy), "float32", "sdpa"), Values(load_scalar(str(policy), "float32", "sdpa"))]
-    seconds = {"scoring": [], "update": []}  # type: dict[str, list[float]]
+    reference, reward = load_policy(str(policy), "float32", "sdpa"), Values(load_scalar(str(policy), "float32", "sdpa"))
+    seconds: dict[str, list[float]] = {"reference": [], "reward": [], "update": []}
     for table in tables:
-        samples = Samples.of(table, loop.names)
+        # The learner needs no log-probabilities from before its only optimizer step; the plain loss reads some.
+        samples = Samples.of(table.append_column("old_logprobs", table["rollout_logprobs"]), loop.names)
         rows = list(range(table.num_rows))
         size = max(1, MICRO_BATCH_TOKENS // max(len(x) for x in samples.ids))
         micro_batches = [rows[i : i + size] for i in rows[::size]]
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         with torch.no_grad():
             for part in map(samples.padded, micro_batches):
-                policy_loss(scorers[0], part)
-                scorers[1](input_ids=part["ids"], attention_mask=part["attention"], use_cache=False)
-        scored = time.perf_counter()
-        half = len(rows) // 2
-        loop.update(samples, [[rows[:half]], [rows[half:]]])
-        seconds["scoring"].append(scored - started)
-        seconds["update"].append(time.perf_counter() - scored)
-    return tuple(sum(x[1:]) / len(x[1:]) for x in seconds.values())  # type: ignore[return-value]
+                policy_loss(reference, part)
+            times.append(time.perf_counter())
+            for part in map(samples.padded, micro_batches):
+                reward(input_ids=part["ids"], attention_mask=part["attention"], use_cache=False)
+        times.append(time.perf_counter())
+        loop.update(samples, [micro_batches])
+        times.append(time.perf_counter())
+        for name, began, ended in zip(seconds, times, times[1:], strict=False):
+            seconds[name].append(ended - began)
+    return {name: sum(x[1:]) / len(x[1:]) for name, x in seconds.items()}
 
 
 def show_bound(runs: Sequence[Run]) -> None:
     """Steps over the bound, and what each process did in a step."""
     medians = {case: row["seconds"] for case, row in REPORT.medians(runs).items()}
     cores = os.cpu_count() or 1
-    bound = sum(x for (kind, _), x in medians.items() if kind == "bare") / cores
+    alone = sum(x for (kind, _), x in medians.items() if kind == "bare")
     console = Console()
-    console.print(f"bound: {bound:.3f} s a step on {cores} cores")
-    for kind in ("S=0", "S=1"):
+    for kind, (_, updates) in KINDS.items():
+        bound = (alone + (medians["bare", "reference"] if updates > 1 else 0.0)) / cores
         step = medians[kind, "step"]
         goal = f" (goal {GOAL})" if kind == "S=1" else ""
-        console.print(f"{kind}: {step:.3f} s a step, {step / bound:.2f} times the bound{goal}")
+        console.print(
+            f"{kind}: {step:.3f} s a step, {step / bound:.2f} times the bound of {bound:.3f} s on {cores} cores{goal}"
+        )
         table = Table("process", "at work, s", "waits, s", title=f"{kind}, in a step")
         for (of, part), seconds in medians.items():
-            if of == kind and part != "step":
+            if of == kind and part not in ("step", "fetch"):
                 table.add_row(part, f"{seconds:.3f}", f"{step - seconds:.3f}")
         console.print(table)
+        console.print(f"a batch is taken out of the object store in {medians[kind, 'fetch'] / step:.2%} of a step")
 
 
 if __name__ == "__main__":

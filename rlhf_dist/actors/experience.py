@@ -72,11 +72,16 @@ class Experience(Worker):
         Raises:
             RuntimeError: a token is older than ``rollout.max_staleness``, which the ledger should have prevented.
         """
-        table = join_batch(fetch(parts))
+        wait_for_stages(parts)
+        with self.trace.span(self.name, "fetch"):
+            table = join_batch(fetch(parts))
         if left_out:
             table = table.filter(pc.invert(pc.is_in(table["group_id"], pa.array(sorted(left_out), pa.int64()))))
         recomputed = "old_logprobs" in table.column_names
-        table, metrics = estimate_advantages(table, self.algo, self.reward, kl_coef, scale, self.max_response_length)
+        with self.trace.span(self.name, "advantages"):
+            table, metrics = estimate_advantages(
+                table, self.algo, self.reward, kl_coef, scale, self.max_response_length
+            )
         metrics |= ages(table, version, recomputed=recomputed)
         if metrics["train/policy_age_max"] > self.max_staleness:
             raise RuntimeError(
@@ -232,6 +237,12 @@ def references(rollouts: RolloutBatch, columns: Sequence[Columns]) -> list[Part]
         Part(s.chunk.table, s.rows, {n: p[i] for n, p in whole.items()}, {n: p[i] for n, p in sliced.items()})
         for i, s in enumerate(rollouts.slices)
     ]
+
+
+def wait_for_stages(parts: Sequence[Part]) -> None:
+    """Until every column is computed; reads none."""
+    stages = {ref for p in parts for columns in (p.whole, p.sliced) for refs in columns.values() for ref in refs}
+    ray.wait(list(stages), num_returns=len(stages), fetch_local=False)
 
 
 def fetch(parts: Sequence[Part]) -> list[Joinable]:
