@@ -21,6 +21,7 @@ The policy is random and its learning rate next to nothing, so that every run an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -44,7 +45,7 @@ from benchmarks.results import Report, Run
 PROMPTS, SAMPLES, MICRO_BATCH_TOKENS = 32, 4, 8192
 STEPS = 16
 GOAL = 1.15
-#: Staleness of each kind of run, and its options.
+#: Of each kind of run the staleness, and the optimizer steps for each batch.
 KINDS = {"S=0": (0, 1), "S=1": (1, 1), "S=1, twice": (1, 2)}
 REPORT = Report("efficiency", case=("kind", "part"), figures=("seconds",))
 
@@ -173,7 +174,7 @@ def bare_learning(policy: Path, tables: Sequence[pa.Table]) -> dict[str, float]:
         times.append(time.perf_counter())
         loop.update(samples, [micro_batches])
         times.append(time.perf_counter())
-        for name, began, ended in zip(seconds, times, times[1:], strict=False):
+        for name, (began, ended) in zip(seconds, itertools.pairwise(times), strict=True):
             seconds[name].append(ended - began)
     return {name: sum(x[1:]) / len(x[1:]) for name, x in seconds.items()}
 

@@ -172,7 +172,7 @@ class Generator(Worker):
                 return engine.load(version, shards, lambda: _canary(ray.get(canaries)))
 
         try:
-            record = self._run(load, when_idle=self._drains)
+            record = self._run(load, when_idle=self.cfg.rollout.drains)
         except RuntimeError as error:
             raise type(error)(f"generator {self.index}: {error}") from None
         return _figures(record, pulled)
@@ -183,7 +183,7 @@ class Generator(Worker):
         self._run(lambda engine: engine.init_weight_transfer_engine(init_info))
 
     def start_weight_update(self) -> None:
-        self._run(lambda engine: engine.start_weight_update(), when_idle=self._drains)
+        self._run(lambda engine: engine.start_weight_update(), when_idle=self.cfg.rollout.drains)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._run(lambda engine: engine.update_weights(update_info))
@@ -199,10 +199,6 @@ class Generator(Worker):
         """
         canary = _canary(canaries)
         return _figures(self._run(lambda engine: engine.gate(version, *canary)), 0.0)
-
-    @property
-    def _drains(self) -> bool:
-        return self.cfg.rollout.drains
 
     def _run(self, command: Callable[[GeneratorEngine], Any], when_idle: bool = False) -> Any:
         """Run ``command(engine)`` in the engine's thread, between two steps; returns its result."""

@@ -19,9 +19,10 @@ from rlhf_dist.actors.group import Group, Resources
 from rlhf_dist.actors.learner_spec import LearnerSpec
 from rlhf_dist.actors.learner_worker import LearnerWorker
 from rlhf_dist.actors.rollouts import Columns, RolloutBatch, Stages
-from rlhf_dist.actors.stats import PendingStats, reduce_ranks
+from rlhf_dist.actors.stats import PendingStats
 from rlhf_dist.actors.transport import TRANSPORTS, Weights
 from rlhf_dist.actors.waiting import wait_for
+from rlhf_dist.data.shares import add_up
 from rlhf_dist.observability.trace import Span
 
 
@@ -73,7 +74,7 @@ class LearnerGroup:
     def evaluate(self, table: ObjectRef, rows: np.ndarray) -> dict[str, float]:
         """Figures of the objective on ``rows`` of ``table``, over all of them at once; nothing is learnt."""
         shares = wait_for([r.evaluate.remote(table, rows) for r in self.ranks], f"{self.role}, evaluating")
-        return reduce_ranks([[share] for share in shares])[0]
+        return add_up(shares)
 
     def keep(self, folder: str) -> None:
         """Write the state of every rank to a ``folder`` that all ranks see; :meth:`go_back` returns to it."""

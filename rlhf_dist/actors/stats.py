@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ray import ObjectRef
 
 from rlhf_dist.actors.waiting import wait_for
-from rlhf_dist.data.shares import add_up
+from rlhf_dist.data.shares import add_up, average
 
 
 @dataclass
@@ -31,15 +31,9 @@ class PendingStats:
         """
         metrics: dict[str, float] = {}
         for role, refs in self.parts:
-            steps = reduce_ranks(wait_for(refs, f"{role}, updating"))
-            for name in steps[0]:
-                key = (
-                    f"train/critic_{name}"
-                    if role == "critic" and name in ("lr", "grad_norm", "loss")
-                    else f"train/{name}"
-                )
-                values = [s[name] for s in steps]
-                metrics[key] = max(values) if name.endswith("_max") else sum(values) / len(values)
+            for name, value in average(reduce_ranks(wait_for(refs, f"{role}, updating"))).items():
+                shared = role == "critic" and name in ("lr", "grad_norm", "loss")
+                metrics[f"train/critic_{name}" if shared else f"train/{name}"] = value
         if "train/_r2" in metrics:
             r1, r2, e1, e2 = (metrics.pop(f"train/_{name}") for name in ("r1", "r2", "e1", "e2"))
             variance = r2 - r1**2

@@ -263,12 +263,12 @@ def test_without_old_logprobs_the_pass_itself_has_them(correction: str) -> None:
     module = PolicyModule(tiny_llama()).double()
     objective = PolicyObjective(FULL.model_copy(update={"rollout_correction": correction}), 8)
     rows = list(range(len(SHAPE)))
+    batch = objective.collate(table, rows, 0, False)
     with torch.no_grad():
-        before, _ = module(objective.collate(table, rows, 0, False))
+        before, _ = module(batch)
     # What sampled differs from the policy by a known gap at every token.
     lengths = [q for _, q in SHAPE]
-    response = objective.collate(table, rows, 0, False).response
-    old = np.split(before[response].float().numpy(), np.cumsum(lengths)[:-1])
+    old = np.split(before[batch.response].float().numpy(), np.cumsum(lengths)[:-1])
     i = table.column_names.index("rollout_logprobs")
     gaps = np.linspace(-0.4, 0.4, sum(lengths), dtype=np.float32)
     sampled = [(a + b).tolist() for a, b in zip(old, np.split(gaps, np.cumsum(lengths)[:-1]), strict=True)]

@@ -8,7 +8,6 @@ import math
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from heads import free_ports
 
 from rlhf_dist.observability import terminal as terminal_module
 from rlhf_dist.observability.charts import calibration_chart, chart, ticks
@@ -28,13 +28,6 @@ from rlhf_dist.observability.report import write_report
 from rlhf_dist.observability.summary import Summary, git_commit
 from rlhf_dist.observability.terminal import Terminal
 from rlhf_dist.observability.trace import Trace
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
 
 # ---------------------------------------------------------------- formats
 
@@ -115,7 +108,7 @@ def test_metrics_refuse(tmp_path: Path, name: str, value: object) -> None:
 
 
 def test_prometheus_endpoint(tmp_path: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     with MetricsWriter(tmp_path / "m.jsonl", port) as writer:
         writer.log(7, "sft", {"train/loss": 1.0})
         writer.log(1, "ppo", {"rollout/reward_mean": 0.25, "timing/generate": 1.5, "train/kl": math.nan})
@@ -133,7 +126,7 @@ def test_prometheus_endpoint(tmp_path: Path) -> None:
 
 
 def test_prometheus_port_clash_and_wrong_host(tmp_path: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     with MetricsWriter(tmp_path / "a.jsonl", port), pytest.raises(ValueError, match=rf"run\.prometheus_port={port}"):
         MetricsWriter(tmp_path / "b.jsonl", port)
     with pytest.raises(ValueError, match=r"run\.prometheus_host='192\.0\.2\.1'"):
